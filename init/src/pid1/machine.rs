@@ -1,0 +1,148 @@
+//! The appliance as the supervisor sees it: where each role runs, what it holds, where its words go.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use gaia_init::roles::{Kind, Place, Role, users};
+use gaia_init::settings::Settings;
+use gaia_init::spawn::Confinement;
+use gaia_init::supervise::Machine;
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::Resource;
+use rustix::termios::{ControlModes, InputModes, LocalModes, OptionalActions};
+
+use crate::cgroups::Groups;
+use crate::kernel::Parameters;
+use crate::report::{Failure, Report};
+use crate::watchdog::Watchdog;
+
+/// Where control's API listens for the console.
+const API: &str = "/run/control.sock";
+
+/// The machine and what init holds of it.
+pub(crate) struct Appliance {
+    report: Report,
+    groups: Option<Groups>,
+    api: Option<OwnedFd>,
+    watchdog: Option<Watchdog>,
+    terminal: Option<OwnedFd>,
+    seed: Option<OwnedFd>,
+    null: OwnedFd,
+    /// Where roles without a terminal write: the kernel's log, which never blocks the writer.
+    words: OwnedFd,
+    console_mode: &'static str,
+}
+
+impl Appliance {
+    pub(crate) fn new(
+        report: Report,
+        settings: &Settings,
+        groups: Option<Groups>,
+        api: Option<OwnedFd>,
+        watchdog: Option<Watchdog>,
+        terminal: Option<OwnedFd>,
+        seed: Option<OwnedFd>,
+    ) -> Result<Self, rustix::io::Errno> {
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        let words = rustix::fs::open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+            .or_else(|_| null.try_clone().map_err(|_| rustix::io::Errno::MFILE))?;
+        let console_mode = settings.console.mode.word();
+        Ok(Self { report, groups, api, watchdog, terminal, seed, null, words, console_mode })
+    }
+}
+
+impl Machine for Appliance {
+    fn say(&mut self, line: &str) {
+        self.report.say(line);
+    }
+
+    fn confinement(&self, role: &Role, core: Option<usize>) -> Confinement<'_> {
+        let mut limits = vec![(Resource::Nofile, role.max_files), (Resource::Core, 0)];
+        limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
+        limits.extend(role.max_memory.map(|bytes| (Resource::As, bytes)));
+        let mut cgroups = Vec::new();
+        if let Some(groups) = &self.groups {
+            match role.place {
+                Place::Housekeeping => cgroups.push(groups.system.as_fd()),
+                Place::OwnCore => {
+                    cgroups.push(groups.workers.as_fd());
+                    cgroups.extend(groups.cores.iter().find(|(c, _)| Some(*c) == core).map(|(_, fd)| fd.as_fd()));
+                }
+            }
+        }
+        Confinement { user: role.user, core, cgroups, limits, terminal: role.terminal }
+    }
+
+    fn stdio(&self, role: &Role) -> [BorrowedFd<'_>; 3] {
+        match &self.terminal {
+            Some(terminal) if role.terminal => [terminal.as_fd(); 3],
+            _ => [self.null.as_fd(), self.words.as_fd(), self.words.as_fd()],
+        }
+    }
+
+    fn descriptors<'a>(&'a self, role: &Role) -> Vec<(String, BorrowedFd<'a>)> {
+        let mut all = Vec::new();
+        let mut add = |name: &str, fd: Option<&'a OwnedFd>| all.extend(fd.map(|fd| (name.to_owned(), fd.as_fd())));
+        match role.kind {
+            Kind::Control => {
+                add("api", self.api.as_ref());
+                add("seed", self.seed.as_ref());
+            }
+            Kind::Worker => add("tick", self.groups.as_ref().map(|g| &g.tick)),
+            _ => {}
+        }
+        all
+    }
+
+    fn environment(&self, role: &Role) -> Vec<(String, String)> {
+        match role.kind {
+            Kind::Console => vec![
+                ("GAIA_API".into(), API.into()),
+                ("GAIA_CONSOLE".into(), self.console_mode.into()),
+                ("TERM".into(), "vt100".into()),
+            ],
+            #[cfg(feature = "debug-role")]
+            Kind::Debug => vec![("GAIA_API".into(), API.into())],
+            _ => Vec::new(),
+        }
+    }
+
+    fn pet(&mut self) {
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.pet();
+        }
+    }
+}
+
+/// Opens the socket of control's API. It belongs to the console's user; nobody else can connect.
+pub(crate) fn api_socket() -> Result<(OwnedFd, String), Failure> {
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(API)?)?;
+    rustix::net::listen(&socket, 16)?;
+    rustix::fs::chmod(API, Mode::RUSR | Mode::WUSR)?;
+    rustix::fs::chown(API, Some(rustix::fs::Uid::from_raw(users::CONSOLE)), Some(rustix::fs::Gid::from_raw(users::CONSOLE)))?;
+    Ok((socket, API.into()))
+}
+
+/// Opens the terminal of the prompt and sets it so that nobody at the line can stall the appliance: no flow control by
+/// characters (a ^S would stop every writer), no hang-up when the carrier goes.
+pub(crate) fn terminal(parameters: &Parameters) -> Result<(OwnedFd, String), Failure> {
+    let name = match &parameters.console {
+        Some(name) => name.clone(),
+        None => {
+            let active = std::fs::read_to_string("/sys/class/tty/console/active")?;
+            active.split_whitespace().last().ok_or("the kernel has no console: add console=ttyS0,115200 to its command line")?.to_owned()
+        }
+    };
+    let path = format!("/dev/{name}");
+    // Non-blocking for the opening only: a port without a carrier must not be waited for.
+    let open = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let port = rustix::fs::open(&path, open, Mode::empty()).map_err(|e| format!("{path}: {e}"))?;
+    rustix::fs::fcntl_setfl(&port, OFlags::empty())?;
+    let mut mode = rustix::termios::tcgetattr(&port).map_err(|e| format!("{path} is no terminal: {e}"))?;
+    mode.input_modes -= InputModes::IXON | InputModes::IXOFF;
+    mode.control_modes |= ControlModes::CLOCAL;
+    mode.local_modes -= LocalModes::ISIG;
+    rustix::termios::tcsetattr(&port, OptionalActions::Now, &mode)?;
+    Ok((port, path))
+}

@@ -1,0 +1,107 @@
+//! PID 1 of the appliance.
+//!
+//! Owns the machine: mounts, kernel settings, cores, network, listening sockets, watchdog, and the processes. It
+//! runs one thread, has no async runtime, and after the boot report it is [`gaia_init::supervise`]'s loop until the
+//! end. Called by the kernel, ended by the kernel. Each step of the boot prints one line with its milliseconds and
+//! what it achieved; a step that fails says so and the boot goes on with what there is, because a device that
+//! answers "no network: …" on its console can be mended, and one that stops cannot.
+//!
+//! What it reads that others wrote is listed in the library's top comment.
+
+mod cgroups;
+mod kernel;
+mod machine;
+mod mounts;
+mod network;
+mod power;
+mod report;
+mod watchdog;
+
+use std::convert::Infallible;
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+
+use gaia_init::cores::Cores;
+use gaia_init::roles::Kind;
+use gaia_init::settings::{ConsoleMode, Settings};
+use gaia_init::supervise::Supervisor;
+use gaia_init::{listeners, settings};
+use rustix::fs::{Mode, OFlags};
+
+use crate::machine::Appliance;
+use crate::report::Report;
+
+/// Where the archive beside the system puts the device's settings, the graph and the components.
+const SEED: &str = "/seed";
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!("gaia-init is PID 1 of the appliance; on a workstation use `make run`.");
+        return ExitCode::from(64);
+    }
+    std::panic::set_hook(Box::new(|what| power::fail(&format!("init panicked: {what}"))));
+    let Err(why) = boot_and_supervise();
+    power::fail(&why)
+}
+
+/// Everything from the first mount to the end of the machine. An error is one that PID 1 cannot live with.
+fn boot_and_supervise() -> Result<Infallible, String> {
+    mounts::first().map_err(|e| e.to_string())?;
+    let parameters = kernel::Parameters::read();
+    power::set_policy(parameters.on_failure);
+    let mut report = Report::open();
+    report.line(&format!("gaia {} on {}", env!("CARGO_PKG_VERSION"), kernel::name()));
+    report.step("mounts", mounts::rest);
+    let settings = report.step("settings", read_settings).unwrap_or_default();
+    report.step("kernel", || kernel::set_all(&settings));
+    let cores = report.step("cores", kernel::cores).unwrap_or_else(|| Cores::divide(&[]));
+    let groups = report.step("cgroups", || cgroups::Groups::make(&cores));
+    report.step("interrupts", || kernel::steer_interrupts(&cores));
+    report.step("network", || network::up(&settings.network));
+    let listeners = report.step("listeners", || {
+        let all = listeners::open(&settings.ingress.http, &cores.workers)?;
+        let said = format!("{} sockets on port {:?}, one per worker core and family", all.len(), settings.ingress.http);
+        Ok((all, said))
+    });
+    let api = report.step("control socket", machine::api_socket);
+    let watchdog = report.step("watchdog", watchdog::Watchdog::open);
+    let terminal = report.step("console", || machine::terminal(&parameters));
+    report.step("seal", mounts::seal);
+    let seed = rustix::fs::open(SEED, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty()).ok();
+
+    let mut standing = vec![Kind::Control];
+    if terminal.is_some() && settings.console.mode != ConsoleMode::Off {
+        standing.push(Kind::Console);
+    }
+    #[cfg(feature = "debug-role")]
+    standing.push(Kind::Debug);
+    let appliance = Appliance::new(report, &settings, groups, api, watchdog, terminal, seed).map_err(|e| e.to_string())?;
+    let supervisor = Supervisor::new(appliance, cores, listeners.unwrap_or_default(), &standing);
+    let mut supervisor = supervisor.map_err(|e| e.to_string())?;
+    let end = supervisor.run().map_err(|e| e.to_string())?;
+    // Inside, so that the watchdog is still held while the machine ends: closing it unasked is an alarm.
+    power::end(end)
+}
+
+/// Reads `gaia.toml`. What does not parse becomes safe defaults, and the console says why.
+fn read_settings() -> Result<(Settings, String), report::Failure> {
+    let path = format!("{SEED}/gaia.toml");
+    let file: OwnedFd = match rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(file) => file,
+        Err(rustix::io::Errno::NOENT) => return Ok((Settings::default(), format!("no {path}: defaults"))),
+        Err(e) => return Err(format!("{path}: {e}; going on with defaults").into()),
+    };
+    let size = rustix::fs::fstat(&file).map_err(|e| format!("{path}: {e}"))?.st_size.cast_unsigned();
+    if size > settings::MAX_BYTES {
+        return Err(format!("{path} has {size} bytes, at most {} are read; going on with defaults", settings::MAX_BYTES).into());
+    }
+    let text = std::io::read_to_string(std::fs::File::from(file)).map_err(|e| format!("{path}: {e}"))?;
+    let parsed = settings::parse(&text).map_err(|e| format!("{path}: {e}\ngoing on with defaults"))?;
+    let said = format!(
+        "{path}: {} addresses, http on {:?}, huge pages {}",
+        parsed.network.address.len(),
+        parsed.ingress.http,
+        parsed.workers.huge_pages.word()
+    );
+    Ok((parsed, said))
+}

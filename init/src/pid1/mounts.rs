@@ -1,0 +1,74 @@
+//! What is mounted where, and with which flags. There is no root file system but the initramfs, and it is sealed
+//! read-only before the first role starts.
+
+use nix::mount::{MsFlags, mount};
+
+use crate::report::Failure;
+
+struct Mount {
+    source: &'static str,
+    target: &'static str,
+    kind: &'static str,
+    flags: MsFlags,
+    data: &'static str,
+}
+
+const QUIET: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+
+/// Without these not even the report can be written.
+const FIRST: &[Mount] = &[
+    // Device nodes by the kernel itself; nothing in it may be run.
+    Mount { source: "dev", target: "/dev", kind: "devtmpfs", flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), data: "mode=755" },
+    // A process sees only its own user's processes.
+    Mount { source: "proc", target: "/proc", kind: "proc", flags: QUIET, data: "hidepid=invisible" },
+];
+
+const REST: &[Mount] = &[
+    Mount { source: "sys", target: "/sys", kind: "sysfs", flags: QUIET, data: "" },
+    Mount { source: "cgroup", target: "/sys/fs/cgroup", kind: "cgroup2", flags: QUIET, data: "" },
+    // The control socket. Bounded, because it is memory.
+    Mount { source: "run", target: "/run", kind: "tmpfs", flags: QUIET, data: "mode=755,size=1m,nr_inodes=64" },
+];
+
+/// After the last setting has been written: the file systems that must not change any more.
+const SEALED: &[(&str, MsFlags)] = &[
+    ("/", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV)),
+    ("/proc", QUIET),
+    ("/sys", QUIET),
+];
+
+#[derive(Debug, thiserror::Error)]
+#[error("mounting {target}: {source}")]
+pub(crate) struct Error {
+    target: &'static str,
+    source: nix::errno::Errno,
+}
+
+fn all(table: &'static [Mount]) -> Result<(), Error> {
+    for m in table {
+        mount(Some(m.source), m.target, Some(m.kind), m.flags, Some(m.data))
+            .map_err(|source| Error { target: m.target, source })?;
+    }
+    Ok(())
+}
+
+/// Mounts what the report needs.
+pub(crate) fn first() -> Result<(), Error> {
+    all(FIRST)
+}
+
+/// Mounts the rest.
+pub(crate) fn rest() -> Result<String, Failure> {
+    all(REST)?;
+    Ok(FIRST.iter().chain(REST).map(|m| m.target).collect::<Vec<_>>().join(" "))
+}
+
+/// Makes everything read-only that has been written for the last time.
+pub(crate) fn seal() -> Result<String, Failure> {
+    for (target, flags) in SEALED {
+        let flags = *flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, *target, None::<&str>, flags, None::<&str>)
+            .map_err(|source| Error { target, source })?;
+    }
+    Ok(format!("{} read-only", SEALED.iter().map(|(t, _)| *t).collect::<Vec<_>>().join(" ")))
+}

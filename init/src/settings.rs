@@ -1,0 +1,229 @@
+//! `gaia.toml`: the device's own settings.
+//!
+//! A file that does not parse never bricks the device: [`parse`] returns the error as text for the console, and
+//! the caller goes on with [`Settings::default`].
+
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use serde::Deserialize;
+
+/// The largest `gaia.toml` that is read, in bytes.
+pub const MAX_BYTES: u64 = 64 * 1024;
+
+/// Everything `gaia.toml` can say.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// `[network]`
+    pub network: Network,
+    /// `[ingress]`
+    pub ingress: Ingress,
+    /// `[workers]`
+    pub workers: Workers,
+    /// `[console]`
+    pub console: Console,
+}
+
+/// The network of the appliance itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Network {
+    /// The interface's name; by default the first Ethernet interface there is.
+    pub interface: Option<String>,
+    /// Static addresses with their prefix lengths; IPv4 and IPv6.
+    pub address: Vec<Prefix>,
+    /// Default gateways, at most one per family.
+    pub gateway: Vec<IpAddr>,
+    /// Name servers, asked in this order.
+    pub dns: Vec<IpAddr>,
+}
+
+/// Where the appliance listens for requests.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ingress {
+    /// TCP ports for plain HTTP.
+    pub http: Vec<u16>,
+}
+
+impl Default for Ingress {
+    fn default() -> Self {
+        Self { http: vec![80] }
+    }
+}
+
+/// The workers.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Workers {
+    /// How transparent huge pages are given out.
+    pub huge_pages: HugePages,
+}
+
+/// The policy for transparent huge pages, in the kernel's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HugePages {
+    /// Only where the runtime asks for them.
+    #[default]
+    Madvise,
+    /// Wherever they fit.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+impl HugePages {
+    /// The word that `/sys/kernel/mm/transparent_hugepage/enabled` takes.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Madvise => "madvise",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
+
+/// The serial console.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Console {
+    /// What it lets a person at the line do.
+    pub mode: ConsoleMode,
+}
+
+/// What the serial console is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConsoleMode {
+    /// A prompt that takes every command.
+    #[default]
+    Operate,
+    /// A prompt that only shows.
+    Observe,
+    /// The boot report, then nothing.
+    Off,
+}
+
+impl ConsoleMode {
+    /// The word for it in `gaia.toml`.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Operate => "operate",
+            Self::Observe => "observe",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// An address with the length of its network's prefix: `10.0.2.15/24`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Prefix {
+    /// The address.
+    pub address: IpAddr,
+    /// Leading bits that name the network: 0 to 32 or 128.
+    pub length: u8,
+}
+
+impl FromStr for Prefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("\"{text}\" is not an address with a prefix length, such as \"10.0.2.15/24\"");
+        let (address, length) = text.split_once('/').ok_or_else(wrong)?;
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let most = if address.is_ipv4() { 32 } else { 128 };
+        let length: u8 = length.parse().map_err(|_| wrong())?;
+        if length > most {
+            return Err(format!("\"{text}\": a prefix of this family has at most {most} bits"));
+        }
+        Ok(Self { address, length })
+    }
+}
+
+impl TryFrom<String> for Prefix {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// Parses `gaia.toml`.
+///
+/// # Errors
+/// A text for the console that shows line, column and what is wrong there.
+///
+/// ```
+/// let settings = gaia_init::settings::parse("[ingress]\nhttp = [8080]\n").unwrap();
+/// assert_eq!(settings.ingress.http, [8080]);
+/// let error = gaia_init::settings::parse("[ingres]\n").unwrap_err();
+/// assert!(error.contains("line 1, column 2") && error.contains("ingres"), "{error}");
+/// ```
+pub fn parse(text: &str) -> Result<Settings, String> {
+    let settings: Settings = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+    for family in [IpAddr::is_ipv4, IpAddr::is_ipv6] {
+        if settings.network.gateway.iter().filter(|g| family(g)).count() > 1 {
+            return Err("network.gateway: at most one gateway per address family".to_owned());
+        }
+    }
+    if settings.ingress.http.contains(&0) {
+        return Err("ingress.http: 0 is not a port; name one from 1 to 65535, or leave the list empty".to_owned());
+    }
+    Ok(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        assert_eq!(parse("").unwrap(), Settings::default());
+    }
+
+    #[test]
+    fn a_whole_file() {
+        let s = parse(
+            "[network]\naddress = [\"10.0.2.15/24\", \"fec0::15/64\"]\ngateway = [\"10.0.2.2\", \"fec0::2\"]\n\
+             [workers]\nhuge_pages = \"never\"\n[console]\nmode = \"observe\"\n",
+        )
+        .unwrap();
+        assert_eq!(s.network.address.len(), 2);
+        assert_eq!(s.workers.huge_pages, HugePages::Never);
+        assert_eq!(s.console.mode, ConsoleMode::Observe);
+        assert_eq!(s.ingress.http, [80], "what is not named keeps its default");
+    }
+
+    #[test]
+    fn errors_say_where_and_what() {
+        for (text, wanted) in [
+            ("[network]\naddress = [\"10.0.2.15\"]", "line 2"),
+            ("[network]\naddress = [\"10.0.2.15/33\"]", "at most 32"),
+            ("[console]\nmode = \"shell\"", "operate"),
+            ("[network]\ngateway = [\"1.1.1.1\", \"2.2.2.2\"]", "at most one"),
+            ("[ingress]\nhttp = [0]", "not a port"),
+            ("[ingress]\nhttp = 80 90", "line 2"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(wanted), "{text:?} gave {error:?}, which lacks {wanted:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "\\PC{0,200}") {
+            let _ = parse(&text);
+        }
+
+        #[test]
+        fn no_toml_like_text_panics(text in "(\\[(network|ingress|workers|console)\\]\n|(address|http|mode|gateway|dns) = (\\[?[\"0-9a-f:./,]{0,20}\\]?)\n){0,6}") {
+            let _ = parse(&text);
+        }
+    }
+}
