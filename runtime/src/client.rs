@@ -1,0 +1,204 @@
+//! The operator's side of the API, and how its answers look.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use crate::control::report::{Done, Failed, Ps, Status};
+
+/// Where the appliance's control listens.
+pub const DEFAULT_SOCKET: &str = "/run/control.sock";
+/// The largest answer, in bytes.
+const MAX_ANSWER: usize = 64 << 20;
+/// An appliance that does not answer within this is not well.
+const WITHIN: Duration = Duration::from_secs(10);
+
+/// Why an appliance could not be asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Nobody listens.
+    #[error("{socket}: {source}; is the appliance up?", socket = .socket.display())]
+    Connect {
+        /// Where.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// It took too long.
+    #[error("no answer within {} s", WITHIN.as_secs())]
+    Slow,
+    /// The conversation broke.
+    #[error("the conversation with the appliance broke: {0}")]
+    Broken(String),
+    /// It answered that it could not.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// An appliance that can be asked.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// The one whose control listens on this socket.
+    #[must_use]
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    /// `GET /v1/status`
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn status(&self) -> Result<Status, Error> {
+        self.ask(Method::GET, "/v1/status")
+    }
+
+    /// `GET /v1/ps`
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn ps(&self) -> Result<Ps, Error> {
+        self.ask(Method::GET, "/v1/ps")
+    }
+
+    /// `POST /v1/poweroff`
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn poweroff(&self) -> Result<Done, Error> {
+        self.ask(Method::POST, "/v1/poweroff")
+    }
+
+    /// `POST /v1/reboot`
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn reboot(&self) -> Result<Done, Error> {
+        self.ask(Method::POST, "/v1/reboot")
+    }
+
+    fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, Error> {
+        let broken = |e: &dyn std::fmt::Display| Error::Broken(e.to_string());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| broken(&e))?;
+        let conversation = async {
+            let stream = UnixStream::connect(&self.socket).await;
+            let stream = stream.map_err(|source| Error::Connect { socket: self.socket.clone(), source })?;
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
+            let request = Request::builder()
+                .method(method)
+                .uri(path)
+                .header(header::HOST, "appliance")
+                .body(Empty::<Bytes>::new())
+                .map_err(|e| broken(&e))?;
+            let exchange = async {
+                let response = sender.send_request(request).await.map_err(|e| broken(&e))?;
+                let status = response.status();
+                let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| broken(&e))?;
+                drop(sender);
+                Ok::<_, Error>((status, body.to_bytes()))
+            };
+            let (exchanged, _) = tokio::join!(exchange, connection);
+            exchanged
+        };
+        let (status, body) = runtime.block_on(async { tokio::time::timeout(WITHIN, conversation).await }).map_err(|_| Error::Slow)??;
+        if status.is_success() && status != StatusCode::NO_CONTENT {
+            return serde_json::from_slice(&body).map_err(|e| broken(&e));
+        }
+        match serde_json::from_slice::<Failed>(&body) {
+            Ok(failed) => Err(Error::Refused(failed.error)),
+            Err(_) => Err(Error::Refused(format!("the appliance answered {status}"))),
+        }
+    }
+}
+
+/// A status as a person reads it.
+#[must_use]
+pub fn status_text(s: &Status) -> String {
+    let mut out = String::new();
+    let serving = s.generation.map_or_else(|| "nothing yet".to_owned(), |g| format!("generation {g}, {} branes", s.branes));
+    let used = s.memory.total_kib.saturating_sub(s.memory.available_kib);
+    let _ = writeln!(out, "gaia {} · {} · up {}", s.version, s.kernel, seconds(s.uptime_s));
+    let _ = writeln!(out, "serves   {serving} · {} requests, {} lost with a worker", s.requests, s.lost);
+    let _ = writeln!(out, "memory   {} of {} MiB used", used / 1024, s.memory.total_kib / 1024);
+    for words in &s.words {
+        let _ = writeln!(out, "deploy   {}", words.replace('\n', "\n         "));
+    }
+    let _ = writeln!(out, "\n{:<12} {:>6} {:<12} {:>9} {:>8}", "ROLE", "PID", "STATE", "SINCE", "RESTARTS");
+    for r in &s.roles {
+        let since = seconds(Duration::from_millis(r.millis).as_secs_f64());
+        let _ = writeln!(out, "{:<12} {:>6} {:<12} {since:>9} {:>8}", r.name, r.pid, r.state, r.restarts);
+    }
+    let _ = writeln!(out, "\n{:<12} {:>10} {:>10} {:>8} {:>12}", "WORKER", "ACCEPTED", "REQUESTS", "INSIDE", "OUTPUT");
+    for w in &s.workers {
+        let name = format!("worker@{}", w.core);
+        let _ = writeln!(out, "{name:<12} {:>10} {:>10} {:>8} {:>10} B", w.accepted, w.requests, w.inside, w.output_bytes);
+    }
+    out
+}
+
+/// Branes and instances as a person reads them.
+#[must_use]
+pub fn ps_text(ps: &Ps) -> String {
+    let mut out = format!(
+        "{:<16} {:<20} {:>8} {:>5} {:>8} {:>9} {:>6} {:>5} {:>10}  {}\n",
+        "BRANE", "ROUTE", "REPLICAS", "BUSY", "WAITING", "REQUESTS", "TRAPS", "LATE", "COLD", "IMAGE"
+    );
+    for b in &ps.branes {
+        let cold = Duration::from_nanos(b.cold_mean_ns).as_secs_f64() * 1000.0;
+        let digest = b.digest.get(..12).unwrap_or_default();
+        let _ = writeln!(
+            out,
+            "{:<16} {:<20} {:>8} {:>5} {:>8} {:>9} {:>6} {:>5} {cold:>8.2}ms  {} @{digest}",
+            b.name, b.route, b.replicas, b.busy, b.waiting, b.requests, b.traps, b.late, b.image
+        );
+    }
+    if !ps.instances.is_empty() {
+        let _ = writeln!(out, "\n{:<20} {:<12} {:>8}", "INSTANCE", "WORKER", "RUNNING");
+        for i in &ps.instances {
+            let _ = writeln!(out, "{:<20} {:<12} {:>6}ms", i.name, format!("worker@{}", i.core), i.millis);
+        }
+    }
+    out
+}
+
+/// `4.2s`, `3m12s`, `2h5m`, `9d4h`
+fn seconds(s: f64) -> String {
+    let whole = Duration::try_from_secs_f64(s).unwrap_or_default().as_secs();
+    match whole {
+        0..60 => format!("{s:.1}s"),
+        60..3600 => format!("{}m{}s", whole / 60, whole % 60),
+        3600..86_400 => format!("{}h{}m", whole / 3600, whole % 3600 / 60),
+        _ => format!("{}d{}h", whole / 86_400, whole % 86_400 / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_short() {
+        assert_eq!(seconds(4.24), "4.2s");
+        assert_eq!(seconds(192.0), "3m12s");
+        assert_eq!(seconds(7500.0), "2h5m");
+        assert_eq!(seconds(792_000.0), "9d4h");
+    }
+
+    #[test]
+    fn nobody_there_says_what_to_look_at() {
+        let error = Client::new("/nonexistent/socket".into()).status().unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/socket") && error.contains("is the appliance up?"), "{error}");
+    }
+}

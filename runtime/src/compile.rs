@@ -1,0 +1,179 @@
+//! The compile role: a component in, machine code out, then the process ends.
+//!
+//! It holds one descriptor, the channel to control. Over it come the component's bytes; back go a report and, if all
+//! went well, the artefact, both as sealed files in memory. What a stranger's bytes do to Cranelift ends with this
+//! process, and init bounds its memory and processor time.
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+
+use gaia_init::descriptors::Descriptors;
+use gaia_init::wire::{self, Message, Unknown};
+use serde::{Deserialize, Serialize};
+use wasmtime::Engine;
+use wasmtime::component::Component;
+use wasmtime::component::types::ComponentItem;
+
+use crate::channel::{read_whole, sealed};
+use crate::engine;
+use crate::plan::Needs;
+
+/// The largest component that is compiled, in bytes: JavaScript toolchains make up to 18 MB.
+pub const MAX_COMPONENT: u64 = 64 << 20;
+/// The largest artefact, in bytes.
+pub const MAX_ARTEFACT: u64 = 512 << 20;
+/// The largest report, in bytes.
+pub const MAX_REPORT: u64 = 1 << 20;
+
+/// What control and a compiler say to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// One descriptor beside it: the component.
+    Compile,
+    /// One or two descriptors beside it: the report, the artefact.
+    Done,
+}
+
+impl Message for Word {
+    fn parse(text: &str) -> Result<Self, Unknown> {
+        match text {
+            "compile" => Ok(Self::Compile),
+            "done" => Ok(Self::Done),
+            _ => Err(Unknown(text.chars().take(80).collect())),
+        }
+    }
+}
+
+impl fmt::Display for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Compile => "compile",
+            Self::Done => "done",
+        })
+    }
+}
+
+/// What the compiler found out about a component.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Why there is no artefact, with Wasmtime's whole chain of causes.
+    pub error: Option<String>,
+    /// Interfaces it imports.
+    pub imports: Vec<Import>,
+    /// Interfaces and functions it exports.
+    pub exports: Vec<String>,
+    /// What an instance needs of a pool.
+    pub needs: Option<Needs>,
+}
+
+/// One imported interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Import {
+    /// Its full name: `wasi:http/types@0.2.3`.
+    pub name: String,
+    /// Whether anything can be called or held through it: functions or resources. Types alone carry no authority.
+    pub authority: bool,
+}
+
+/// Runs the role.
+///
+/// # Errors
+/// If the channel to control breaks; a component that does not compile is a report, not an error here.
+pub fn run() -> anyhow::Result<()> {
+    let control = Descriptors::inherit()?.take("control")?;
+    let (Word::Compile, mut files) = wire::receive(&control)? else {
+        anyhow::bail!("control sent something else than a component");
+    };
+    let (report, artefact) = match files.pop() {
+        Some(file) => answer(file),
+        None => (Report::failed("no component came with the request".into()), None),
+    };
+    let report = sealed("report", &serde_json::to_vec(&report)?)?;
+    let artefact = artefact.map(|bytes| sealed("artefact", &bytes)).transpose()?;
+    let both = [Some(report.as_fd()), artefact.as_ref().map(AsFd::as_fd)];
+    let both: Vec<_> = both.into_iter().flatten().collect();
+    wire::send(&control, &Word::Done, &both)?;
+    Ok(())
+}
+
+fn answer(file: OwnedFd) -> (Report, Option<Vec<u8>>) {
+    let component = match read_whole(file, MAX_COMPONENT) {
+        Ok(bytes) => bytes,
+        Err(e) => return (Report::failed(format!("reading the component: {e}")), None),
+    };
+    match compile(&component) {
+        Ok((report, artefact)) => (report, Some(artefact)),
+        Err(e) => (Report::failed(format!("{e:#}")), None),
+    }
+}
+
+/// Compiles one component for this processor.
+///
+/// # Errors
+/// Wasmtime's, for bytes that are no valid component.
+pub fn compile(component: &[u8]) -> wasmtime::Result<(Report, Vec<u8>)> {
+    if component.starts_with(b"\0asm\x01\0\0\0") {
+        wasmtime::bail!("this is a core WebAssembly module, not a component; build it for wasm32-wasip2");
+    }
+    let engine = engine::for_compiler()?;
+    // From text it would be parsed as WAT; only binary components are taken.
+    let compiled = Component::from_binary(&engine, component)?;
+    let kind = compiled.component_type();
+    let imports = kind.imports(&engine).map(|(name, item)| import(&engine, name, &item.ty));
+    let exports = kind.exports(&engine).map(|(name, _)| name.to_owned());
+    let needs = compiled.resources_required().map(|r| Needs {
+        memories: r.num_memories,
+        initial_memory: r.max_initial_memory_size.unwrap_or(0).saturating_mul(64 * 1024),
+        tables: r.num_tables,
+        table_elements: r.max_initial_table_size.unwrap_or(0),
+    });
+    let report = Report { error: None, imports: imports.collect(), exports: exports.collect(), needs };
+    Ok((report, compiled.serialize()?))
+}
+
+fn import(engine: &Engine, name: &str, item: &ComponentItem) -> Import {
+    let authority = match item {
+        ComponentItem::ComponentInstance(instance) => instance.exports(engine).any(|(_, e)| {
+            !matches!(e.ty, ComponentItem::Type(_))
+        }),
+        ComponentItem::Type(_) => false,
+        _ => true,
+    };
+    Import { name: name.to_owned(), authority }
+}
+
+impl Report {
+    fn failed(error: String) -> Self {
+        Self { error: Some(error), imports: Vec::new(), exports: Vec::new(), needs: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The smallest component there is: the header alone.
+    const EMPTY: &[u8] = b"\0asm\x0d\0\x01\0";
+
+    #[test]
+    fn the_empty_component_compiles_and_imports_nothing() {
+        let (report, artefact) = compile(EMPTY).unwrap();
+        assert!(report.imports.is_empty() && report.exports.is_empty());
+        assert!(!artefact.is_empty());
+    }
+
+    #[test]
+    fn a_core_module_is_told_what_it_is() {
+        let error = compile(b"\0asm\x01\0\0\0").unwrap_err().to_string();
+        assert!(error.contains("core WebAssembly module") && error.contains("wasm32-wasip2"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_refused_or_compiled(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), headed: bool) {
+            if headed { bytes.splice(0..0, EMPTY.iter().copied()); }
+            let _ = compile(&bytes);
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! The API: HTTP/1.1 and JSON over a Unix socket. Who may connect is the socket file's business.
+//!
+//! | method and path    | answer              |
+//! |--------------------|---------------------|
+//! | `GET /v1/status`   | [`report::Status`]  |
+//! | `GET /v1/ps`       | [`report::Ps`]      |
+//! | `POST /v1/poweroff`| [`report::Done`]    |
+//! | `POST /v1/reboot`  | [`report::Done`]    |
+//!
+//! Anything else is 404 or 405 with [`report::Failed`].
+
+use std::convert::Infallible;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use bytes::Bytes;
+use gaia_init::wire::FromControl;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use tokio::net::UnixListener;
+use tokio::sync::Semaphore;
+
+use super::Control;
+use super::report::{self, Done, Failed, Ps, Status};
+use crate::statistics;
+
+/// Conversations at a time.
+const CONNECTIONS: usize = 16;
+/// A conversation is over when nothing was asked for so long.
+const IDLE: Duration = Duration::from_secs(10);
+
+type Answer = Response<Full<Bytes>>;
+
+/// Serves the API on the socket init opened, until the process ends.
+pub(super) async fn serve(control: Rc<Control>, socket: OwnedFd) {
+    let listener = std::os::unix::net::UnixListener::from(socket);
+    let listener = listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener));
+    let listener = match listener {
+        Ok(listener) => listener,
+        Err(e) => return control.say(&format!("no API: {e}")).await,
+    };
+    let places = std::sync::Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = std::sync::Arc::clone(&places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Ok((stream, _)) => {
+                let control = Rc::clone(&control);
+                tokio::task::spawn_local(async move {
+                    let service = hyper::service::service_fn(|request| answer(Rc::clone(&control), request));
+                    let connection = hyper::server::conn::http1::Builder::new()
+                        .timer(TokioTimer::new())
+                        .header_read_timeout(IDLE)
+                        .max_buf_size(16 * 1024)
+                        .serve_connection(TokioIo::new(stream), service);
+                    let _ = connection.await;
+                    drop(place);
+                });
+            }
+        }
+    }
+}
+
+async fn answer(control: Rc<Control>, request: Request<Incoming>) -> Result<Answer, Infallible> {
+    let known = |path| matches!(path, "/v1/status" | "/v1/ps" | "/v1/poweroff" | "/v1/reboot");
+    Ok(match (request.method(), request.uri().path()) {
+        (&Method::GET, "/v1/status") => match status(&control).await {
+            Ok(status) => json(StatusCode::OK, &status),
+            Err(e) => failed(StatusCode::SERVICE_UNAVAILABLE, &format!("init does not answer: {e}")),
+        },
+        (&Method::GET, "/v1/ps") => json(StatusCode::OK, &ps(&control).await),
+        (&Method::POST, "/v1/poweroff") => end(&control, FromControl::PowerOff, "the appliance switches off").await,
+        (&Method::POST, "/v1/reboot") => end(&control, FromControl::Reboot, "the appliance starts again").await,
+        (_, path) if known(path) => failed(StatusCode::METHOD_NOT_ALLOWED, "GET shows, POST changes"),
+        (_, path) => failed(StatusCode::NOT_FOUND, &format!("there is no {path:?} in version 1 of this API")),
+    })
+}
+
+fn json(status: StatusCode, value: &impl Serialize) -> Answer {
+    let body = serde_json::to_vec(value).unwrap_or_default();
+    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer
+}
+
+fn failed(status: StatusCode, error: &str) -> Answer {
+    json(status, &Failed { error: error.to_owned() })
+}
+
+async fn end(control: &Control, how: FromControl, words: &str) -> Answer {
+    control.init.tell(&how, &[]).await;
+    json(StatusCode::ACCEPTED, &Done { done: words.to_owned() })
+}
+
+async fn status(control: &Control) -> anyhow::Result<Status> {
+    let roles = control.init.roles().await?;
+    let worker = |w: &Rc<super::Worker>| {
+        let counters = &w.statistics.worker;
+        report::Worker {
+            core: w.core,
+            pid: w.pid,
+            generation: w.generation,
+            accepted: counters.accepted.load(Relaxed),
+            open: counters.open.load(Relaxed),
+            requests: counters.requests.load(Relaxed),
+            inside: counters.inside.load(Relaxed),
+            output_bytes: counters.output.load(Relaxed),
+        }
+    };
+    let mut workers: Vec<_> = control.workers.borrow().iter().map(worker).collect();
+    workers.sort_by_key(|w| (w.generation, w.core));
+    let plan = control.plan.borrow().clone();
+    let past = control.past.borrow().clone();
+    let uname = rustix::system::uname();
+    let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Ok(Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: format!("{} {}", uname.sysname().to_string_lossy(), uname.release().to_string_lossy()),
+        uptime_s: Duration::new(uptime.tv_sec.cast_unsigned(), u32::try_from(uptime.tv_nsec).unwrap_or(0)).as_secs_f64(),
+        generation: plan.as_ref().map(|p| p.generation),
+        branes: plan.as_ref().map_or(0, |p| p.branes.len()),
+        roles,
+        requests: past.requests + control.sum(|w| &w.statistics.worker.requests),
+        lost: past.lost,
+        workers,
+        memory: memory(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()),
+        words: control.words.borrow().clone(),
+    })
+}
+
+/// Reads the two figures out of `/proc/meminfo`; what is not there is 0.
+fn memory(meminfo: &str) -> report::Memory {
+    let value = |name: &str| {
+        let line = meminfo.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
+        line.and_then(|l| l.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+    };
+    report::Memory { total_kib: value("MemTotal"), available_kib: value("MemAvailable") }
+}
+
+async fn ps(control: &Control) -> Ps {
+    let plan = control.plan.borrow().clone();
+    let instances = control.instances().await;
+    let branes = plan.iter().flat_map(|plan| plan.branes.iter().enumerate().map(move |(i, b)| (plan.generation, i, b)));
+    let branes = branes.map(|(generation, index, brane)| {
+        let workers = control.workers.borrow();
+        let sum = |of: fn(&statistics::Brane) -> &AtomicU64| -> u64 {
+            let serving = workers.iter().filter(|w| w.generation == generation);
+            serving.filter_map(|w| w.statistics.branes.get(index)).map(|row| of(row).load(Relaxed)).sum()
+        };
+        let made = sum(|b| &b.instances);
+        report::Brane {
+            name: brane.name.clone(),
+            image: brane.image.clone(),
+            digest: brane.digest.clone(),
+            route: format!("{}{}", brane.host.as_deref().unwrap_or_default(), brane.path),
+            replicas: brane.replicas,
+            busy: sum(|b| &b.busy),
+            waiting: sum(|b| &b.waiting),
+            requests: sum(|b| &b.requests),
+            traps: sum(|b| &b.traps),
+            late: sum(|b| &b.late),
+            refused: sum(|b| &b.refused),
+            cold_mean_ns: sum(|b| &b.cold_ns).checked_div(made).unwrap_or(0),
+        }
+    });
+    Ps { branes: branes.collect(), instances }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn memory_is_read_as_the_kernel_writes_it() {
+        let m = memory("MemTotal:         486312 kB\nMemFree:          1 kB\nMemAvailable:     440000 kB\n");
+        assert_eq!((m.total_kib, m.available_kib), (486_312, 440_000));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_memory_or_zero(text in "\\PC{0,200}") {
+            let _ = memory(&text);
+        }
+    }
+}

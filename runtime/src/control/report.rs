@@ -1,0 +1,115 @@
+//! What control tells operators: the types of the API's answers. Version 1.
+
+use serde::{Deserialize, Serialize};
+
+pub use super::init::Role;
+pub use crate::worker::instances::Instance;
+
+/// `GET /v1/status`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The appliance's version.
+    pub version: String,
+    /// The kernel's.
+    pub kernel: String,
+    /// Seconds since power-on.
+    pub uptime_s: f64,
+    /// The generation that serves, if one does.
+    pub generation: Option<u32>,
+    /// Its branes.
+    pub branes: usize,
+    /// The processes.
+    pub roles: Vec<Role>,
+    /// The workers' counters.
+    pub workers: Vec<Worker>,
+    /// Requests served since power-on, by workers that live and that do not.
+    pub requests: u64,
+    /// Requests that ended with their worker.
+    pub lost: u64,
+    /// The machine's memory.
+    pub memory: Memory,
+    /// What the last deploy failed with or warned about.
+    pub words: Vec<String>,
+}
+
+/// One worker's counters.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Worker {
+    /// Its core.
+    pub core: usize,
+    /// Its process.
+    pub pid: i32,
+    /// Its generation.
+    pub generation: u32,
+    /// Connections accepted since it started.
+    pub accepted: u64,
+    /// Connections open now.
+    pub open: u64,
+    /// Requests since it started.
+    pub requests: u64,
+    /// Requests without a finished answer now.
+    pub inside: u64,
+    /// Bytes its guests wrote to stdout and stderr; there is no log yet, so they are counted and dropped.
+    pub output_bytes: u64,
+}
+
+/// Memory, in KiB, as the kernel counts it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// What the kernel manages: less than what the machine has, by what the kernel reserved for itself.
+    pub total_kib: u64,
+    /// What could be given out now.
+    pub available_kib: u64,
+}
+
+/// `GET /v1/ps`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ps {
+    /// The branes, in the graph's order.
+    pub branes: Vec<Brane>,
+    /// Instances at work.
+    pub instances: Vec<Instance>,
+}
+
+/// One brane, summed over its workers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Brane {
+    /// Its name.
+    pub name: String,
+    /// Its image.
+    pub image: String,
+    /// SHA-256 of its component.
+    pub digest: String,
+    /// Its route: host, if it names one, and path.
+    pub route: String,
+    /// Instances it may have.
+    pub replicas: u32,
+    /// Instances at work now.
+    pub busy: u64,
+    /// Requests that wait for one.
+    pub waiting: u64,
+    /// Requests since its workers started.
+    pub requests: u64,
+    /// Traps.
+    pub traps: u64,
+    /// Missed deadlines.
+    pub late: u64,
+    /// Refused because the queue was too long.
+    pub refused: u64,
+    /// Mean nanoseconds from dispatch to the guest's first instruction.
+    pub cold_mean_ns: u64,
+}
+
+/// The answer to a request that changes something.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// What will happen.
+    pub done: String,
+}
+
+/// The answer to a request that could not be served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed {
+    /// Why, and what to do.
+    pub error: String,
+}

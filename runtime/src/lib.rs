@@ -1,0 +1,26 @@
+//! The brane runtime: everything of the appliance above PID 1.
+//!
+//! One binary, `gaia`, is the operator's command and, as `gaia role …`, each of the runtime's processes. It owns the
+//! branes: manifest, compilation, link stage, workers, operations. It never opens a listening socket, never starts a
+//! process and never chooses what a process may do: init does, by its table, and this crate asks.
+//!
+//! ```text
+//! control ── asks init for a compiler ──▶ compile   wasm in, machine code out, then it ends
+//!    │                                       │
+//!    │◀──────── artefact (sealed memory) ────┘
+//!    ├── plan + artefacts, through init ──▶ worker × core: map, link, pool, ready, accept
+//!    └── HTTP over a Unix socket ◀── gaia status · ps · … (console, command line)
+//! ```
+
+pub mod channel;
+pub mod client;
+pub mod compile;
+pub mod console;
+pub mod control;
+pub mod engine;
+pub mod link;
+pub mod manifest;
+pub mod operate;
+pub mod plan;
+pub mod statistics;
+pub mod worker;

@@ -1,0 +1,89 @@
+//! `gaia`: the operator's command, and each of the runtime's roles.
+
+use std::io::{Write as _, stderr, stdin, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use gaia_runtime::client::{Client, DEFAULT_SOCKET};
+use gaia_runtime::console::{self, Mode};
+use gaia_runtime::operate;
+use gaia_runtime::{compile, control, worker};
+
+/// Operate a Gaia appliance: WebAssembly components served from bare metal.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Answer in JSON
+    #[arg(long, global = true)]
+    json: bool,
+    /// The socket of the appliance's control
+    #[arg(long, global = true, env = "GAIA_API", default_value = DEFAULT_SOCKET)]
+    api: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    #[command(flatten)]
+    Operate(operate::Command),
+    /// A prompt that takes these commands: what the serial port of the appliance runs
+    Console,
+    /// A process of the runtime: started by init, not by hand
+    #[command(hide = true)]
+    Role {
+        #[command(subcommand)]
+        role: Role,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// Store, deploys, API
+    Control,
+    /// One component in, machine code out
+    Compile,
+    /// Runs the branes on one core
+    Worker,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let client = Client::new(cli.api);
+    let outcome = match cli.command {
+        Command::Operate(command) => operate::run(&command, &client, cli.json)
+            .map_err(anyhow::Error::from)
+            .and_then(|text| Ok(stdout().write_all(text.as_bytes())?)),
+        Command::Console => {
+            let observe = std::env::var("GAIA_CONSOLE").is_ok_and(|mode| mode == "observe");
+            let mode = if observe { Mode::Observe } else { Mode::Operate };
+            console::converse(&client, mode, &mut stdin().lock(), &mut stdout().lock()).map_err(Into::into)
+        }
+        Command::Role { role } => {
+            end_on_panic();
+            match role {
+                Role::Control => control::run(),
+                Role::Compile => compile::run(),
+                Role::Worker => worker::run(),
+            }
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // In one piece: on the appliance each write is a record of the kernel's log.
+            let _ = stderr().write_all(format!("gaia: {e:#}\n").as_bytes());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A role that panics ends at once: what it was in the middle of cannot be trusted, and init starts it again.
+fn end_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |what| {
+        print(what);
+        std::process::abort();
+    }));
+}

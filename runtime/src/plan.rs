@@ -1,0 +1,72 @@
+//! What control tells the workers of a generation: one JSON file beside the artefacts. Written by control, read once
+//! by each worker before it is sealed.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// The name of the plan among a generation's files.
+pub const FILE: &str = "plan";
+/// The largest plan, in bytes: 200 branes take about 100 KiB.
+pub const MAX_BYTES: u64 = 4 << 20;
+/// The most branes in a graph, bounded by a worker's statistics page.
+pub const MAX_BRANES: usize = crate::statistics::MAX_BRANES;
+
+/// A generation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Its number.
+    pub generation: u32,
+    /// How many workers share the replicas.
+    pub workers: u32,
+    /// The branes, in the order of their statistics.
+    pub branes: Vec<Brane>,
+}
+
+/// One brane as a worker sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Brane {
+    /// Its name in the graph.
+    pub name: String,
+    /// What the manifest says under `image`.
+    pub image: String,
+    /// SHA-256 of the component, in hexadecimal.
+    pub digest: String,
+    /// The artefact's name among the generation's files.
+    pub artefact: String,
+    /// What an instance of it needs of the pool.
+    pub needs: Needs,
+    /// Host of its requests, lower case; `None` takes any.
+    pub host: Option<String>,
+    /// Path prefix of its requests, on segment boundaries.
+    pub path: String,
+    /// Instances on the whole appliance.
+    pub replicas: u32,
+    /// Bytes an instance's memories and tables may have together.
+    pub mem_max: u64,
+    /// Wall time for a request.
+    pub deadline: Duration,
+    /// Bytes a request's body may have.
+    pub body_max: u64,
+}
+
+impl Brane {
+    /// Instances in each of `workers` workers: the replicas divided, at least one.
+    #[must_use]
+    pub fn slots(&self, workers: u32) -> u32 {
+        self.replicas.div_ceil(workers.max(1)).max(1)
+    }
+}
+
+/// What one instance of a component needs of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Needs {
+    /// Linear memories.
+    pub memories: u32,
+    /// Bytes of the largest memory at the start.
+    pub initial_memory: u64,
+    /// Tables.
+    pub tables: u32,
+    /// Elements of the largest table.
+    pub table_elements: u64,
+}

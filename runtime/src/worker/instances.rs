@@ -1,0 +1,92 @@
+//! What a worker tells control about its instances.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+
+use gaia_init::wire::{self, Message, Unknown};
+use serde::{Deserialize, Serialize};
+
+use super::Worker;
+use crate::channel::{Channel, sealed};
+
+/// The largest list, in bytes.
+pub const MAX_BYTES: u64 = 64 << 20;
+
+/// What control and a worker say to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// Asks for the instances; the answer carries the same ticket and, beside it, the list.
+    Instances {
+        /// Chosen by control.
+        ticket: u32,
+    },
+}
+
+impl Message for Word {
+    fn parse(text: &str) -> Result<Self, Unknown> {
+        let ticket = text.strip_prefix("instances ").and_then(|t| t.parse().ok());
+        ticket.map(|ticket| Self::Instances { ticket }).ok_or_else(|| Unknown(text.chars().take(80).collect()))
+    }
+}
+
+impl fmt::Display for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Instances { ticket } = self;
+        write!(f, "instances {ticket}")
+    }
+}
+
+/// One instance at work.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// `brane.NNN`
+    pub name: String,
+    /// The core it runs on.
+    pub core: usize,
+    /// Milliseconds since it was made.
+    pub millis: u64,
+}
+
+/// Answers control until it is gone for good: init hands the same channel to a new control, so a quiet one is waited
+/// for.
+pub(super) async fn answer(worker: Rc<Worker>, control: Channel) {
+    loop {
+        match control.receive::<Word>().await {
+            Ok((Word::Instances { ticket }, _)) => {
+                let running = |b: &Rc<super::Brane>| {
+                    let name = b.plan.name.clone();
+                    b.running().into_iter().map(move |(serial, millis)| (format!("{name}.{serial:03}"), millis))
+                };
+                let core = worker.core;
+                let all = worker.branes.iter().flat_map(running);
+                let all: Vec<Instance> = all.map(|(name, millis)| Instance { name, core, millis }).collect();
+                let list = serde_json::to_vec(&all).unwrap_or_default();
+                if let Ok(list) = sealed("instances", &list) {
+                    let _ = control.send(&Word::Instances { ticket }, &[list.as_fd()]).await;
+                }
+            }
+            Err(wire::Error::Closed) => return,
+            Err(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_word_survives_the_wire() {
+        let word = Word::Instances { ticket: 12 };
+        assert_eq!(Word::parse(&word.to_string()), Ok(word));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_parses_or_not(text in "\\PC{0,60}") {
+            let _ = Word::parse(&text);
+        }
+    }
+}
