@@ -1,0 +1,192 @@
+# Gaia's front door: `make help` lists what there is.
+#
+# Cargo is always asked, since only it knows what is out of date. What it makes is copied to out/ only where it changed,
+# so that make knows what is out of date from there on.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Cargo and the kernel's build each use all cores by themselves.
+.NOTPARALLEL:
+
+# --- What to run ------------------------------------------------------------------------------------------------
+
+# The graph and the device's settings that `make run` boots with. Images in the graph are those of out/branes.
+GRAPH  ?= examples/all.zgraph.toml
+CONFIG ?= examples/gaia.toml
+# The port of this machine behind which the appliance answers, the path that is asked until it does, and its size.
+PORT     ?= 8080
+URL_PATH ?= /hello
+MEMORY   ?= 512
+CPUS     ?= 2
+
+# --- Where things are -------------------------------------------------------------------------------------------
+
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gaia
+# One target directory for each compiler, shared by all clones: Wasmtime takes minutes, and once is enough.
+export CARGO_TARGET_DIR := $(CACHE)/target-$(or $(shell rustc -vV 2>/dev/null | sed -n 's/^commit-hash: \(.\{9\}\).*/\1/p'),unknown)
+# No path of the machine that built it gets into a binary. Cargo compiles everything anew when these flags differ, so
+# the clone's own path may not stand here; it need not, because cargo names the workspace's files relative to its root.
+export RUSTFLAGS := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CARGO_TARGET_DIR)=/target
+# cargo-deny lives there.
+export PATH := $(CACHE)/tools/bin:$(PATH)
+
+# Every call of cargo has these: one set of profile flags, so each dependency is compiled once for each target.
+FLAGS := --release --locked
+# The default target is set in .cargo/config.toml.
+BUILT := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-musl/release
+GUESTS_BUILT := $(CARGO_TARGET_DIR)/wasm32-wasip2/release/examples
+
+TOOLS  := gaia gaia-image gaia-qemu gaia-debug
+# Each file beside lib.rs and build.rs is a guest. Cargo writes a guest's file with `_` where its name has `-`.
+GUESTS := $(filter-out lib build,$(notdir $(basename $(wildcard tests/branes/*.rs))))
+BRANES := $(foreach guest,$(GUESTS),out/branes/$(subst _,-,$(guest)).wasm)
+
+# $(call take,ARGUMENTS,FROM TO FROM TO …): builds with cargo, then copies what changed. Both under one lock, because
+# in the shared cache a binary without a hash in its name belongs to whoever built last.
+take = mkdir -p $(CACHE) out/bin out/branes && flock $(CARGO_TARGET_DIR).lock $(SHELL) $(.SHELLFLAGS) '\
+	cargo build $(FLAGS) $(1); \
+	while (($$\#)); do cmp -s "$$1" "$$2" || { cp "$$1" "$$2.new"; mv "$$2.new" "$$2"; }; shift 2; done' take $(2)
+
+# --- The targets ------------------------------------------------------------------------------------------------
+
+.PHONY: help
+help: ## print this list
+	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@echo
+	@echo '  Variables of make run: GRAPH=$(GRAPH) CONFIG=$(CONFIG)'
+	@echo '                         PORT=$(PORT) URL_PATH=$(URL_PATH) MEMORY=$(MEMORY) (MiB) CPUS=$(CPUS)'
+
+.PHONY: setup
+setup: ## install what is missing to build, run, check and measure
+	@image/setup.sh
+
+# Only what building and running needs.
+.PHONY: ready
+ready:
+	@image/setup.sh run
+
+.PHONY: run
+run: ready image out/seed.cpio ## boot the appliance in QEMU with GRAPH and CONFIG, its port 8080 at PORT
+	@out/bin/gaia-qemu run --kernel out/bzImage --initrd out/initramfs.zst --initrd out/seed.cpio \
+		--forward $(PORT):8080 --memory $(MEMORY) --cpus $(CPUS) --url-path $(URL_PATH)
+
+.PHONY: test
+test: ## everything: checks, images, and the tests that boot them; prints the seconds of each stage
+	@report=''; \
+	for stage in setup check image test-image vm-tests; do \
+		echo "=== $$stage"; from=$${EPOCHREALTIME/[.,]/}; \
+		$(MAKE) $$stage || { echo "=== $$stage failed"; exit 1; }; \
+		took=$$(($${EPOCHREALTIME/[.,]/} - from)); \
+		printf -v line '  %-12s%6d.%d s\n' $$stage $$((took / 1000000)) $$((took / 100000 % 10)); report+=$$line; \
+	done; \
+	echo '=== times'; printf '%s' "$$report"
+
+.PHONY: check
+check: setup tracked fmt deny clippy unit doc ## everything that needs no virtual machine
+
+.PHONY: it
+it: named ready image test-image ## run one test that boots the appliance: T=name
+	@cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture $(T)
+
+.PHONY: bench
+bench: setup image test-image ## measure: the tests named bench_, which `make test` leaves out
+	@cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture --ignored bench_
+
+.PHONY: soak
+soak: ready image test-image ## the tests that boot the appliance, in their long versions
+	@GAIA_SOAK=1 cargo test $(FLAGS) --test it -- --test-threads=1
+
+.PHONY: image
+image: out/bzImage out/initramfs.zst $(BRANES) ## build the kernel, the initramfs and the guests into out/
+
+.PHONY: advisories
+advisories: ## ask the advisory database about every dependency; needs the network, so no part of check
+	@cargo deny --locked check advisories
+
+.PHONY: clean
+clean: ## remove out/
+	@rm -rf out
+	@echo 'Removed out/. The cache that all clones share is $(CACHE); rm -rf it for a build from nothing.'
+
+# --- The parts of check and test --------------------------------------------------------------------------------
+
+# Sources only: what is larger than 1 MiB was made by a program.
+.PHONY: tracked
+tracked:
+	@! git rev-parse --is-inside-work-tree >/dev/null 2>&1 || git ls-files -z | \
+	while IFS= read -rd '' file; do \
+		[[ ! -f $$file ]] || (($$(stat -c %s -- "$$file") <= 1048576)) || { echo "$$file is larger than 1 MiB"; exit 1; }; \
+	done
+
+.PHONY: fmt
+fmt:
+	@cargo fmt --all --check
+
+.PHONY: deny
+deny:
+	@cargo deny --locked check bans licenses sources
+
+.PHONY: clippy
+clippy:
+	@cargo clippy $(FLAGS) --all-targets -- -D warnings
+	@cargo clippy $(FLAGS) -p gaia-init --features debug-role --all-targets -- -D warnings
+	@cargo clippy $(FLAGS) -p gaia-branes --all-targets --target wasm32-wasip2 -- -D warnings
+
+.PHONY: unit
+unit:
+	@cargo test $(FLAGS) --lib --bins
+	@cargo test $(FLAGS) --doc
+	@cargo test $(FLAGS) -p gaia-branes --lib
+
+.PHONY: doc
+doc:
+	@RUSTDOCFLAGS='-D warnings' cargo doc $(FLAGS) --no-deps
+
+.PHONY: named
+named:
+	@[[ -n '$(T)' ]] || { echo 'usage: make it T=name, where name is a test in tests/it or part of one'; exit 2; }
+
+.PHONY: test-image
+test-image: out/initramfs-test.zst
+
+.PHONY: vm-tests
+vm-tests:
+	@cargo test $(FLAGS) --test it -- --test-threads=1
+
+# --- Files ------------------------------------------------------------------------------------------------------
+
+# A recipe that depends on this always runs; whether its files changed decides about what depends on them.
+.PHONY: always
+always:
+
+# PID 1 is built by itself, so that no other crate's needs switch on features of what it links.
+out/bin/gaia-init: always
+	@$(call take,-p gaia-init,$(BUILT)/gaia-init $@)
+
+out/bin/gaia-init-debug: always
+	@$(call take,-p gaia-init --features debug-role,$(BUILT)/gaia-init $@)
+
+# As one call, so that their dependencies get the same features here as in the tests.
+$(TOOLS:%=out/bin/%) &: always
+	@$(call take,-p gaia-runtime -p gaia-image -p gaia-qemu -p gaia-tests --bins,$(foreach tool,$(TOOLS),$(BUILT)/$(tool) out/bin/$(tool)))
+
+$(BRANES) &: always
+	@$(call take,-p gaia-branes --examples --target wasm32-wasip2,$(foreach guest,$(GUESTS),$(GUESTS_BUILT)/$(guest).wasm out/branes/$(subst _,-,$(guest)).wasm))
+
+# The tool knows by itself whether the kernel it built before still is the one that is asked for.
+out/bzImage out/kernel.config &: always out/bin/gaia-image
+	@out/bin/gaia-image kernel --out-dir out
+
+out/initramfs.zst: out/bin/gaia-init out/bin/gaia out/bin/gaia-image
+	@out/bin/gaia-image initramfs --init out/bin/gaia-init --gaia out/bin/gaia --out $@
+
+# The same, but init knows the role `debug`, and its binary is there.
+out/initramfs-test.zst: out/bin/gaia-init-debug out/bin/gaia out/bin/gaia-debug out/bin/gaia-image
+	@out/bin/gaia-image initramfs --init out/bin/gaia-init-debug --gaia out/bin/gaia \
+		--extra /bin/gaia-debug=out/bin/gaia-debug --out $@
+
+out/seed.cpio: always $(BRANES) out/bin/gaia-image
+	@out/bin/gaia-image seed --dir out/branes --config $(CONFIG) --graph $(GRAPH) --out $@
