@@ -1,0 +1,16 @@
+//! Turns a kernel source, the binaries and a graph into something that boots.
+//!
+//! Owns: the kernel's configuration and its build ([`kernel`]), the initramfs and the seed archive ([`initramfs`]), and
+//! the format they are written in ([`cpio`], [`elf`]). Never: parses a manifest, starts a machine, needs root, or puts
+//! anything into an image that depends on when, where or by whom it was built. Called by the Makefile through the binary
+//! `gaia-image`, and by the tests through this library.
+
+pub mod cpio;
+pub mod elf;
+pub mod initramfs;
+pub mod kernel;
+mod required;
+
+/// The kernel command line that the appliance boots with: the serial port as console, only warnings of the kernel on it,
+/// and a reboot five seconds after a kernel panic (which an exit of PID 1 is, too).
+pub const COMMAND_LINE: &str = include_str!("../cmdline").trim_ascii();
