@@ -29,7 +29,12 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gaia
 export CARGO_TARGET_DIR := $(CACHE)/target-$(or $(shell rustc -vV 2>/dev/null | sed -n 's/^commit-hash: \(.\{9\}\).*/\1/p'),unknown)
 # No path of the machine that built it gets into a binary. Cargo compiles everything anew when these flags differ, so
 # the clone's own path may not stand here; it need not, because cargo names the workspace's files relative to its root.
-export RUSTFLAGS := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CARGO_TARGET_DIR)=/target
+REMAP := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CARGO_TARGET_DIR)=/target
+export CARGO_TARGET_WASM32_WASIP2_RUSTFLAGS := $(REMAP)
+# The relocations of a static-pie are packed: 24 times smaller, and the whole system lives in memory.
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_RUSTFLAGS := $(REMAP) -Clink-arg=-Wl,-z,pack-relative-relocs
+# Set, it would hide both.
+unexport RUSTFLAGS
 # cargo-deny lives there.
 export PATH := $(CACHE)/tools/bin:$(PATH)
 
@@ -71,7 +76,7 @@ ready:
 .PHONY: run
 run: ready image out/seed.cpio ## boot the appliance in QEMU with GRAPH and CONFIG, its port 8080 at PORT
 	@out/bin/gaia-qemu run --kernel out/bzImage --initrd out/initramfs.zst --initrd out/seed.cpio \
-		--forward $(PORT):8080 --memory $(MEMORY) --cpus $(CPUS) --url-path $(URL_PATH)
+		--append "$$(< image/cmdline)" --forward $(PORT):8080 --memory $(MEMORY) --cpus $(CPUS) --url-path $(URL_PATH)
 
 .PHONY: test
 test: ## everything: checks, images, and the tests that boot them; prints the seconds of each stage

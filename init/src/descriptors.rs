@@ -57,7 +57,8 @@ impl Descriptors {
         if pid != std::process::id() {
             return Err(Error::Absent("LISTEN_PID names another process"));
         }
-        let count: usize = var("LISTEN_FDS").and_then(|v| v.parse().ok()).ok_or(Error::Absent("LISTEN_FDS is not set"))?;
+        let count: usize =
+            var("LISTEN_FDS").and_then(|v| v.parse().ok()).ok_or(Error::Absent("LISTEN_FDS is not set"))?;
         let names = names(&var("LISTEN_FDNAMES").unwrap_or_default());
         if names.len() != count {
             return Err(Error::Count { count, names: names.len() });

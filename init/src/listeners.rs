@@ -55,7 +55,8 @@ fn listen(address: SocketAddr) -> Result<OwnedFd, Error> {
     let at = |step| move |source| Error { address, step, source };
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP)).map_err(at("socket"))?;
+    let socket =
+        rustix::net::socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP)).map_err(at("socket"))?;
     if address.is_ipv6() {
         // Its own socket per family, so that a client's address is never an IPv4-mapped one.
         sockopt::set_ipv6_v6only(&socket, true).map_err(at("IPV6_V6ONLY"))?;

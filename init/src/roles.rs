@@ -108,7 +108,7 @@ pub const ROLES: &[Role] = &[
         max_files: 16,
         // Cranelift needs about 80 ms for 100 KiB of wasm natively and twenty times that under emulation; the
         // largest components in use (18 MB from JavaScript toolchains) need about 60 s emulated.
-        max_cpu: Some(Duration::from_secs(300)),
+        max_cpu: Some(Duration::from_mins(5)),
         max_memory: Some(4 << 30),
         terminal: false,
     },

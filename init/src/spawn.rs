@@ -234,7 +234,8 @@ impl Command<'_> {
         let mut environment = self.environment.clone();
         environment.push(("LISTEN_PID".into(), std::process::id().to_string()));
         environment.push(("LISTEN_FDS".into(), self.descriptors.len().to_string()));
-        environment.push(("LISTEN_FDNAMES".into(), descriptors::join(self.descriptors.iter().map(|(n, _)| n.as_str()))));
+        environment
+            .push(("LISTEN_FDNAMES".into(), descriptors::join(self.descriptors.iter().map(|(n, _)| n.as_str()))));
         let environment: Result<Vec<_>, _> =
             environment.into_iter().map(|(k, v)| CString::new(format!("{k}={v}"))).collect();
         match environment {

@@ -37,7 +37,7 @@ pub const MAX_COMPILERS: usize = 2;
 /// A worker that is away for longer has its sockets served by its neighbour.
 const STAND_IN_AFTER: Duration = Duration::from_millis(500);
 /// A generation that is not ready by then has failed. Under emulation a worker needs about a second.
-const READY_WITHIN: Duration = Duration::from_secs(60);
+const READY_WITHIN: Duration = Duration::from_mins(1);
 /// A role that is up and has not beaten for so long is killed and started again.
 const SILENT_FOR: Duration = Duration::from_secs(30);
 /// An old worker that has not ended by then is killed: longer than the longest deadline a brane may have.
@@ -49,7 +49,7 @@ const SETTLED_AFTER: Duration = Duration::from_secs(30);
 /// The longest back-off.
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 /// The loop turns at least this often, for heartbeats and the watchdog.
-const TURN: Duration = Duration::from_millis(1000);
+const TURN: Duration = Duration::from_secs(1);
 
 /// What the supervisor needs from whatever it runs on: the appliance, or an ordinary process.
 pub trait Machine {
@@ -181,9 +181,9 @@ impl<M: Machine> Supervisor<M> {
         let signals =
             SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(Error::Signals)?;
         let now = Instant::now();
-        let seat = |kind, core| Seat { kind, core, restarts: 0, failures: 0, not_before: now, away_since: None };
-        let seats = standing.iter().map(|kind| seat(*kind, None));
-        let seats = seats.chain(cores.workers.iter().map(|core| seat(Kind::Worker, Some(*core)))).collect();
+        let empty = |kind, core| Seat { kind, core, restarts: 0, failures: 0, not_before: now, away_since: None };
+        let seats = standing.iter().map(|kind| empty(*kind, None));
+        let seats = seats.chain(cores.workers.iter().map(|core| empty(Kind::Worker, Some(*core)))).collect();
         Ok(Self {
             machine,
             cores,
@@ -265,9 +265,11 @@ impl<M: Machine> Supervisor<M> {
                 let Some(channel) = &child.channel else { break };
                 let outcome = match child.kind {
                     Kind::Control => {
-                        wire::receive::<FromControl>(channel).map(|(message, fds)| self.from_control(message, fds))
+                        wire::receive::<FromControl>(channel).map(|(message, fds)| self.hear_control(message, fds))
                     }
-                    Kind::Worker => wire::receive::<FromWorker>(channel).map(|(message, _)| self.from_worker(pid, message)),
+                    Kind::Worker => {
+                        wire::receive::<FromWorker>(channel).map(|(message, _)| self.hear_worker(pid, message))
+                    }
                     _ => Err(wire::Error::Closed),
                 };
                 match outcome {
@@ -291,7 +293,7 @@ impl<M: Machine> Supervisor<M> {
 
     // ── what others ask for ──────────────────────────────────────────────────────────────────────────────────────
 
-    fn from_control(&mut self, message: FromControl, descriptors: Vec<OwnedFd>) {
+    fn hear_control(&mut self, message: FromControl, descriptors: Vec<OwnedFd>) {
         let now = Instant::now();
         if let Some(control) = self.children.iter_mut().find(|c| c.kind == Kind::Control) {
             control.last_beat = now;
@@ -403,7 +405,7 @@ impl<M: Machine> Supervisor<M> {
         }
     }
 
-    fn from_worker(&mut self, pid: i32, message: FromWorker) {
+    fn hear_worker(&mut self, pid: i32, message: FromWorker) {
         let now = Instant::now();
         self.last_beat = now;
         let serving = self.current.as_ref().map(|g| g.number);
@@ -450,7 +452,11 @@ impl<M: Machine> Supervisor<M> {
         for seat in self.seats.iter_mut().filter(|s| s.kind == Kind::Worker) {
             (seat.failures, seat.away_since, seat.not_before) = (0, None, Instant::now());
         }
-        let mut line = format!("serving generation {number}: {} workers ready in {} ms", self.cores.workers.len(), took.as_millis());
+        let mut line = format!(
+            "serving generation {number}: {} workers ready in {} ms",
+            self.cores.workers.len(),
+            took.as_millis()
+        );
         let mut ports: Vec<&str> = self.listeners.iter().filter_map(|l| l.name.split('-').nth(1)).collect();
         ports.dedup();
         let _ = write!(line, ", listening on port {}", ports.join(", "));
@@ -460,8 +466,12 @@ impl<M: Machine> Supervisor<M> {
 
     fn abandon_next(&mut self, reason: &str) {
         let Some(next) = self.next.take() else { return };
-        let pids: Vec<i32> =
-            self.children.iter().filter(|c| c.kind == Kind::Worker && c.generation == next.number).map(|c| c.pid).collect();
+        let pids: Vec<i32> = self
+            .children
+            .iter()
+            .filter(|c| c.kind == Kind::Worker && c.generation == next.number)
+            .map(|c| c.pid)
+            .collect();
         for pid in pids {
             self.kill(pid, "its generation failed");
         }
@@ -471,9 +481,9 @@ impl<M: Machine> Supervisor<M> {
 
     fn serving_workers(&self) -> impl Iterator<Item = &Child> {
         let serving = self.current.as_ref().map(|g| g.number);
-        self.children.iter().filter(move |c| {
-            c.kind == Kind::Worker && Some(c.generation) == serving && c.phase != Phase::Draining
-        })
+        self.children
+            .iter()
+            .filter(move |c| c.kind == Kind::Worker && Some(c.generation) == serving && c.phase != Phase::Draining)
     }
 
     fn drain(&mut self, pid: i32) {
@@ -522,7 +532,9 @@ impl<M: Machine> Supervisor<M> {
                     }
                 }
             }
-            _ => {}
+            Kind::Console => {}
+            #[cfg(feature = "debug-role")]
+            Kind::Debug => {}
         }
         descriptors.extend(self.machine.descriptors(role));
         let mut environment = self.machine.environment(role);
@@ -618,9 +630,7 @@ impl<M: Machine> Supervisor<M> {
 
     fn filled(&self, seat: &Seat) -> bool {
         match seat.kind {
-            Kind::Worker => {
-                self.current.is_none() || self.serving_workers().any(|c| c.core == seat.core)
-            }
+            Kind::Worker => self.current.is_none() || self.serving_workers().any(|c| c.core == seat.core),
             kind => self.children.iter().any(|c| c.kind == kind),
         }
     }

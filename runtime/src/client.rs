@@ -112,7 +112,8 @@ impl Client {
             let (exchanged, _) = tokio::join!(exchange, connection);
             exchanged
         };
-        let (status, body) = runtime.block_on(async { tokio::time::timeout(WITHIN, conversation).await }).map_err(|_| Error::Slow)??;
+        let (status, body) =
+            runtime.block_on(async { tokio::time::timeout(WITHIN, conversation).await }).map_err(|_| Error::Slow)??;
         if status.is_success() && status != StatusCode::NO_CONTENT {
             return serde_json::from_slice(&body).map_err(|e| broken(&e));
         }
@@ -127,7 +128,8 @@ impl Client {
 #[must_use]
 pub fn status_text(s: &Status) -> String {
     let mut out = String::new();
-    let serving = s.generation.map_or_else(|| "nothing yet".to_owned(), |g| format!("generation {g}, {} branes", s.branes));
+    let serving =
+        s.generation.map_or_else(|| "nothing yet".to_owned(), |g| format!("generation {g}, {} branes", s.branes));
     let used = s.memory.total_kib.saturating_sub(s.memory.available_kib);
     let _ = writeln!(out, "gaia {} · {} · up {}", s.version, s.kernel, seconds(s.uptime_s));
     let _ = writeln!(out, "serves   {serving} · {} requests, {} lost with a worker", s.requests, s.lost);
@@ -143,7 +145,8 @@ pub fn status_text(s: &Status) -> String {
     let _ = writeln!(out, "\n{:<12} {:>10} {:>10} {:>8} {:>12}", "WORKER", "ACCEPTED", "REQUESTS", "INSIDE", "OUTPUT");
     for w in &s.workers {
         let name = format!("worker@{}", w.core);
-        let _ = writeln!(out, "{name:<12} {:>10} {:>10} {:>8} {:>10} B", w.accepted, w.requests, w.inside, w.output_bytes);
+        let _ =
+            writeln!(out, "{name:<12} {:>10} {:>10} {:>8} {:>10} B", w.accepted, w.requests, w.inside, w.output_bytes);
     }
     out
 }

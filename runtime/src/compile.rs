@@ -133,9 +133,9 @@ pub fn compile(component: &[u8]) -> wasmtime::Result<(Report, Vec<u8>)> {
 
 fn import(engine: &Engine, name: &str, item: &ComponentItem) -> Import {
     let authority = match item {
-        ComponentItem::ComponentInstance(instance) => instance.exports(engine).any(|(_, e)| {
-            !matches!(e.ty, ComponentItem::Type(_))
-        }),
+        ComponentItem::ComponentInstance(instance) => {
+            instance.exports(engine).any(|(_, e)| !matches!(e.ty, ComponentItem::Type(_)))
+        }
         ComponentItem::Type(_) => false,
         _ => true,
     };

@@ -3,13 +3,13 @@
 use wasmtime::component::Linker;
 use wasmtime_wasi::cli::{WasiCli, WasiCliView as _};
 use wasmtime_wasi::p2::bindings as wasi;
+use wasmtime_wasi::p2::bindings::io as wasi_io;
 use wasmtime_wasi::random::WasiRandom;
 use wasmtime_wasi_http::p2::bindings as wasi_http;
 use wasmtime_wasi_http::{WasiHttp, WasiHttpView as _};
-use wasmtime_wasi::p2::bindings::io as wasi_io;
 
 use crate::compile::Import;
-use crate::worker::host::{Io, Host};
+use crate::worker::host::{Host, Io};
 
 /// Interfaces without authority: every brane has them. Names without their version; `*` stands for one more segment.
 pub const BASE: &[&str] = &[
@@ -35,8 +35,24 @@ pub const BASE: &[&str] = &[
 pub const KEYS: &[(&str, &[&str])] = &[
     ("net.http", &["wasi:http/outgoing-handler"]),
     ("net.dns", &["wasi:sockets/network", "wasi:sockets/instance-network", "wasi:sockets/ip-name-lookup"]),
-    ("net.tcp", &["wasi:sockets/network", "wasi:sockets/instance-network", "wasi:sockets/tcp", "wasi:sockets/tcp-create-socket"]),
-    ("net.udp", &["wasi:sockets/network", "wasi:sockets/instance-network", "wasi:sockets/udp", "wasi:sockets/udp-create-socket"]),
+    (
+        "net.tcp",
+        &[
+            "wasi:sockets/network",
+            "wasi:sockets/instance-network",
+            "wasi:sockets/tcp",
+            "wasi:sockets/tcp-create-socket",
+        ],
+    ),
+    (
+        "net.udp",
+        &[
+            "wasi:sockets/network",
+            "wasi:sockets/instance-network",
+            "wasi:sockets/udp",
+            "wasi:sockets/udp-create-socket",
+        ],
+    ),
     ("fs.tmp", &["wasi:filesystem/types", "wasi:filesystem/preopens"]),
     ("clock", &["wasi:clocks/wall-clock", "wasi:clocks/monotonic-clock"]),
     ("random", &["wasi:random/random"]),
@@ -90,7 +106,11 @@ pub fn base(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Host>> {
     wasi_io::error::add_to_linker::<Host, Io>(l, Host::table)?;
     wasi_io::poll::add_to_linker::<Host, Io>(l, Host::table)?;
     wasi_io::streams::add_to_linker::<Host, Io>(l, Host::table)?;
-    wasi_http::http::types::add_to_linker::<Host, WasiHttp>(l, &wasi_http::http::types::LinkOptions::default(), Host::http)?;
+    wasi_http::http::types::add_to_linker::<Host, WasiHttp>(
+        l,
+        &wasi_http::http::types::LinkOptions::default(),
+        Host::http,
+    )?;
     wasi::cli::environment::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
     wasi::cli::exit::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
     wasi::cli::stdin::add_to_linker::<Host, WasiCli>(l, Host::cli)?;

@@ -177,7 +177,7 @@ impl TryFrom<String> for Time {
 }
 
 /// The longest deadline a brane may have.
-pub const MAX_DEADLINE: Duration = Duration::from_secs(300);
+pub const MAX_DEADLINE: Duration = Duration::from_mins(5);
 /// The most memory one instance may have: what a 32-bit address can name.
 pub const MAX_MEMORY: u64 = 4 << 30;
 
@@ -203,13 +203,22 @@ pub fn parse(text: &str) -> Result<Manifest, Vec<String>> {
             say("a brane's name has 1 to 48 of a-z, 0-9 and -".into());
         }
         if brane.substrate.as_deref().is_some_and(|s| s != "gaia") {
-            say(format!("substrate = {:?}: this is gaia; remove the line or write \"gaia\"", brane.substrate.as_deref().unwrap_or_default()));
+            say(format!(
+                "substrate = {:?}: this is gaia; remove the line or write \"gaia\"",
+                brane.substrate.as_deref().unwrap_or_default()
+            ));
         }
         if brane.tier.as_deref().is_some_and(|t| t != "standard") {
-            say(format!("tier = {:?}: the only tier of this substrate is \"standard\"", brane.tier.as_deref().unwrap_or_default()));
+            say(format!(
+                "tier = {:?}: the only tier of this substrate is \"standard\"",
+                brane.tier.as_deref().unwrap_or_default()
+            ));
         }
         if file_name(&brane.image).is_none() {
-            say(format!("image = {:?}: this version takes \"file:./NAME.wasm\", a file beside the manifest", brane.image));
+            say(format!(
+                "image = {:?}: this version takes \"file:./NAME.wasm\", a file beside the manifest",
+                brane.image
+            ));
         }
         if !(1..=MAX_REPLICAS).contains(&brane.replicas) {
             say(format!("replicas = {}: from 1 to {MAX_REPLICAS}", brane.replicas));

@@ -67,7 +67,8 @@ pub struct Page {
     pub branes: [Brane; MAX_BRANES],
 }
 
-const _: () = assert!(size_of::<Page>() as u64 == STATISTICS_BYTES && size_of::<Worker>() == 256 && size_of::<Brane>() == 64);
+const _: () =
+    assert!(size_of::<Page>() as u64 == STATISTICS_BYTES && size_of::<Worker>() == 256 && size_of::<Brane>() == 64);
 
 /// A mapped page. It stays mapped as long as this lives.
 #[derive(Debug)]
@@ -94,7 +95,9 @@ impl Statistics {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address the kernel chooses, over a file that has at least these bytes and is
         // sealed against shrinking. Other processes may write to it at any time, which is why all in `Page` is atomic.
-        let at = unsafe { rustix::mm::mmap(std::ptr::null_mut(), size_of::<Page>(), protection, MapFlags::SHARED, file, 0) }?;
+        let at = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), size_of::<Page>(), protection, MapFlags::SHARED, file, 0)
+        }?;
         NonNull::new(at.cast()).map(Self).ok_or(rustix::io::Errno::FAULT)
     }
 }

@@ -77,7 +77,8 @@ impl Groups {
                 .map(|core| Ok((*core, open(&format!("workers/core-{core}/cgroup.threads"))?)))
                 .collect::<Result<_, Failure>>()?,
         };
-        let said = if partitions.is_empty() { "no partitions: every core shares".into() } else { partitions.join(", ") };
+        let said =
+            if partitions.is_empty() { "no partitions: every core shares".into() } else { partitions.join(", ") };
         Ok((groups, said))
     }
 }

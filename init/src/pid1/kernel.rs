@@ -31,9 +31,7 @@ impl Parameters {
             match word.split_once('=') {
                 Some(("gaia.on_failure", "poweroff")) => parameters.on_failure = OnFailure::PowerOff,
                 Some(("gaia.on_failure", "reboot")) => parameters.on_failure = OnFailure::Reboot,
-                Some(("gaia.console", name))
-                    if !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric()) =>
-                {
+                Some(("gaia.console", name)) if !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric()) => {
                     parameters.console = Some(name.to_owned());
                 }
                 _ => {}
@@ -46,7 +44,12 @@ impl Parameters {
 /// The kernel's name and version.
 pub(crate) fn name() -> String {
     let uname = rustix::system::uname();
-    format!("{} {} {}", uname.sysname().to_string_lossy(), uname.release().to_string_lossy(), uname.machine().to_string_lossy())
+    format!(
+        "{} {} {}",
+        uname.sysname().to_string_lossy(),
+        uname.release().to_string_lossy(),
+        uname.machine().to_string_lossy()
+    )
 }
 
 /// Settings under `/proc/sys`, each with its reason.
@@ -92,10 +95,23 @@ pub(crate) fn set_all(settings: &Settings) -> Result<String, Failure> {
             let _ = write!(missing, "; transparent_hugepage/{file}: {e}");
         }
     }
+    // With huge pages on, the kernel keeps tens of MiB free so that they can be had; on a small machine that is more
+    // than the whole appliance takes. So: the kernel's own figure for a machine without them (Linux, mm/page_alloc.c,
+    // calculate_min_free_kbytes), written after the policy has been set, because setting it raises this.
+    let reserve = (total_kib() * 16).isqrt().clamp(128, 262_144);
+    if let Err(e) = fs::write("/proc/sys/vm/min_free_kbytes", reserve.to_string()) {
+        let _ = write!(missing, "; vm/min_free_kbytes: {e}");
+    }
     // Ctrl-Alt-Del is a request to init, not an instant reset.
     nix::sys::reboot::set_cad_enabled(false)?;
     raise_own_limits()?;
-    Ok(format!("{} sysctls, huge pages: {pages}{missing}", SYSCTLS.len()))
+    Ok(format!("{} sysctls, huge pages {pages}, {reserve} KiB kept free{missing}", SYSCTLS.len()))
+}
+
+/// The machine's memory as the kernel counts it, in KiB.
+fn total_kib() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram * u64::from(info.mem_unit) / 1024
 }
 
 /// Init keeps every socket and every generation's files.
@@ -123,7 +139,8 @@ pub(crate) fn steer_interrupts(cores: &Cores) -> Result<String, Failure> {
     let home = list(&cores.housekeeping);
     let mask = cores.housekeeping.iter().filter(|c| **c < 64).fold(0_u64, |mask, core| mask | 1 << core);
     // Masks are hexadecimal words of 32 bits (Linux, Documentation/core-api/irq/irq-affinity.rst).
-    let mask = if mask >> 32 == 0 { format!("{mask:x}") } else { format!("{:x},{:08x}", mask >> 32, mask & 0xffff_ffff) };
+    let mask =
+        if mask >> 32 == 0 { format!("{mask:x}") } else { format!("{:x},{:08x}", mask >> 32, mask & 0xffff_ffff) };
     let default = fs::write("/proc/irq/default_smp_affinity", &mask).is_ok();
     let (mut moved, mut fixed) = (0, 0);
     for entry in fs::read_dir("/proc/irq")?.flatten().filter(|e| e.path().is_dir()) {

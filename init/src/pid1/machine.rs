@@ -120,7 +120,11 @@ pub(crate) fn api_socket() -> Result<(OwnedFd, String), Failure> {
     rustix::net::bind(&socket, &SocketAddrUnix::new(API)?)?;
     rustix::net::listen(&socket, 16)?;
     rustix::fs::chmod(API, Mode::RUSR | Mode::WUSR)?;
-    rustix::fs::chown(API, Some(rustix::fs::Uid::from_raw(users::CONSOLE)), Some(rustix::fs::Gid::from_raw(users::CONSOLE)))?;
+    rustix::fs::chown(
+        API,
+        Some(rustix::fs::Uid::from_raw(users::CONSOLE)),
+        Some(rustix::fs::Gid::from_raw(users::CONSOLE)),
+    )?;
     Ok((socket, API.into()))
 }
 
@@ -131,7 +135,11 @@ pub(crate) fn terminal(parameters: &Parameters) -> Result<(OwnedFd, String), Fai
         Some(name) => name.clone(),
         None => {
             let active = std::fs::read_to_string("/sys/class/tty/console/active")?;
-            active.split_whitespace().last().ok_or("the kernel has no console: add console=ttyS0,115200 to its command line")?.to_owned()
+            active
+                .split_whitespace()
+                .last()
+                .ok_or("the kernel has no console: add console=ttyS0,115200 to its command line")?
+                .to_owned()
         }
     };
     let path = format!("/dev/{name}");

@@ -64,7 +64,7 @@ fn boot_and_supervise() -> Result<Infallible, String> {
         Ok((all, said))
     });
     let api = report.step("control socket", machine::api_socket);
-    let watchdog = report.step("watchdog", watchdog::Watchdog::open);
+    let watchdog = report.step("watchdog", watchdog::Watchdog::open).flatten();
     let terminal = report.step("console", || machine::terminal(&parameters));
     report.step("seal", mounts::seal);
     let seed = rustix::fs::open(SEED, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty()).ok();
@@ -75,7 +75,8 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     }
     #[cfg(feature = "debug-role")]
     standing.push(Kind::Debug);
-    let appliance = Appliance::new(report, &settings, groups, api, watchdog, terminal, seed).map_err(|e| e.to_string())?;
+    let appliance =
+        Appliance::new(report, &settings, groups, api, watchdog, terminal, seed).map_err(|e| e.to_string())?;
     let supervisor = Supervisor::new(appliance, cores, listeners.unwrap_or_default(), &standing);
     let mut supervisor = supervisor.map_err(|e| e.to_string())?;
     let end = supervisor.run().map_err(|e| e.to_string())?;
@@ -93,7 +94,11 @@ fn read_settings() -> Result<(Settings, String), report::Failure> {
     };
     let size = rustix::fs::fstat(&file).map_err(|e| format!("{path}: {e}"))?.st_size.cast_unsigned();
     if size > settings::MAX_BYTES {
-        return Err(format!("{path} has {size} bytes, at most {} are read; going on with defaults", settings::MAX_BYTES).into());
+        return Err(format!(
+            "{path} has {size} bytes, at most {} are read; going on with defaults",
+            settings::MAX_BYTES
+        )
+        .into());
     }
     let text = std::io::read_to_string(std::fs::File::from(file)).map_err(|e| format!("{path}: {e}"))?;
     let parsed = settings::parse(&text).map_err(|e| format!("{path}: {e}\ngoing on with defaults"))?;

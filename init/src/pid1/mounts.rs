@@ -18,7 +18,13 @@ const QUIET: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags
 /// Without these not even the report can be written.
 const FIRST: &[Mount] = &[
     // Device nodes by the kernel itself; nothing in it may be run.
-    Mount { source: "dev", target: "/dev", kind: "devtmpfs", flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), data: "mode=755" },
+    Mount {
+        source: "dev",
+        target: "/dev",
+        kind: "devtmpfs",
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
+        data: "mode=755",
+    },
     // A process sees only its own user's processes.
     Mount { source: "proc", target: "/proc", kind: "proc", flags: QUIET, data: "hidepid=invisible" },
 ];
@@ -31,11 +37,8 @@ const REST: &[Mount] = &[
 ];
 
 /// After the last setting has been written: the file systems that must not change any more.
-const SEALED: &[(&str, MsFlags)] = &[
-    ("/", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV)),
-    ("/proc", QUIET),
-    ("/sys", QUIET),
-];
+const SEALED: &[(&str, MsFlags)] =
+    &[("/", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV)), ("/proc", QUIET), ("/sys", QUIET)];
 
 #[derive(Debug, thiserror::Error)]
 #[error("mounting {target}: {source}")]
@@ -67,8 +70,7 @@ pub(crate) fn rest() -> Result<String, Failure> {
 pub(crate) fn seal() -> Result<String, Failure> {
     for (target, flags) in SEALED {
         let flags = *flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(None::<&str>, *target, None::<&str>, flags, None::<&str>)
-            .map_err(|source| Error { target, source })?;
+        mount(None::<&str>, *target, None::<&str>, flags, None::<&str>).map_err(|source| Error { target, source })?;
     }
     Ok(format!("{} read-only", SEALED.iter().map(|(t, _)| *t).collect::<Vec<_>>().join(" ")))
 }

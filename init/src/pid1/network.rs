@@ -3,6 +3,7 @@
 //! Messages are built here rather than by a crate: four kinds of request are all that is needed, and PID 1 stays small.
 //! Layouts: Linux, `include/uapi/linux/{netlink,rtnetlink,if_link,if_addr}.h`.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -13,7 +14,6 @@ use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use crate::report::Failure;
-
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
@@ -52,11 +52,11 @@ pub(crate) fn up(network: &Network) -> Result<String, Failure> {
     let mut said = name.clone();
     for prefix in &network.address {
         route.add_address(interface, *prefix).map_err(|e| format!("{name}: {}: {e}", prefix.address))?;
-        said += &format!(" {}/{}", prefix.address, prefix.length);
+        let _ = write!(said, " {}/{}", prefix.address, prefix.length);
     }
     for gateway in &network.gateway {
         route.add_gateway(interface, *gateway).map_err(|e| format!("{name}: gateway {gateway}: {e}"))?;
-        said += &format!(" via {gateway}");
+        let _ = write!(said, " via {gateway}");
     }
     Ok(said)
 }
@@ -78,10 +78,15 @@ fn interfaces() -> Vec<String> {
 fn first_ethernet() -> Result<String, Failure> {
     let path = |name: &str, what| format!("/sys/class/net/{name}/{what}");
     let is = |name: &String| {
-        fs::read_to_string(path(name, "type")).is_ok_and(|t| t.trim() == "1") && fs::exists(path(name, "device")).unwrap_or(false)
+        fs::read_to_string(path(name, "type")).is_ok_and(|t| t.trim() == "1")
+            && fs::exists(path(name, "device")).unwrap_or(false)
     };
     interfaces().into_iter().find(is).ok_or_else(|| {
-        format!("no Ethernet interface was found among {}; its driver may not be in this kernel", interfaces().join(", ")).into()
+        format!(
+            "no Ethernet interface was found among {}; its driver may not be in this kernel",
+            interfaces().join(", ")
+        )
+        .into()
     })
 }
 
@@ -119,8 +124,7 @@ struct Route(OwnedFd);
 
 impl Route {
     fn open() -> Result<Self, Failure> {
-        let socket =
-            rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+        let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
         rustix::net::bind(&socket, &SocketAddrNetlink::new(0, 0))?;
         Ok(Self(socket))
     }
@@ -148,7 +152,8 @@ impl Route {
 
     fn add_gateway(&self, interface: u32, gateway: IpAddr) -> Result<(), Errno> {
         // struct rtmsg: family, destination bits, source bits, type of service, table, protocol, scope, type, flags.
-        let header = [family(gateway), 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0, 0, 0, 0];
+        let header =
+            [family(gateway), 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0, 0, 0, 0];
         let request = Request::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &header)
             .attribute(RTA_GATEWAY, &octets(gateway))
             .attribute(RTA_OIF, &interface.to_ne_bytes());
@@ -194,7 +199,9 @@ mod tests {
 
     #[test]
     fn a_request_is_laid_out_as_the_kernel_reads_it() {
-        let bytes = Request::new(RTM_NEWADDR, NLM_F_CREATE, &[2, 24, 0, 0, 1, 0, 0, 0]).attribute(IFA_LOCAL, &[10, 0, 2]).bytes();
+        let bytes = Request::new(RTM_NEWADDR, NLM_F_CREATE, &[2, 24, 0, 0, 1, 0, 0, 0])
+            .attribute(IFA_LOCAL, &[10, 0, 2])
+            .bytes();
         assert_eq!(bytes.len(), 16 + 8 + 8, "the attribute of three bytes is padded to eight");
         assert_eq!(u32::from_ne_bytes(bytes[..4].try_into().unwrap()), 32);
         assert_eq!(u16::from_ne_bytes(bytes[24..26].try_into().unwrap()), 7, "its own length is not padded");

@@ -55,7 +55,11 @@ impl Report {
     }
 
     /// Runs one step and writes its line: its name, what it achieved, its milliseconds.
-    pub(crate) fn step<T: Outcome>(&mut self, name: &str, step: impl FnOnce() -> Result<T, Failure>) -> Option<T::Value> {
+    pub(crate) fn step<T: Outcome>(
+        &mut self,
+        name: &str,
+        step: impl FnOnce() -> Result<T, Failure>,
+    ) -> Option<T::Value> {
         let began = Instant::now();
         let outcome = step();
         let took = began.elapsed();

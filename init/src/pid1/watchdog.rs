@@ -13,15 +13,18 @@ pub(crate) struct Watchdog(OwnedFd);
 
 impl Watchdog {
     /// Opens it, which arms it with the driver's own timeout.
-    pub(crate) fn open() -> Result<(Self, String), Failure> {
+    pub(crate) fn open() -> Result<(Option<Self>, String), Failure> {
         match rustix::fs::open(DEVICE, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(device) => {
                 let read = |what| std::fs::read_to_string(format!("/sys/class/watchdog/watchdog0/{what}"));
                 let name = read("identity").unwrap_or_else(|_| DEVICE.into());
-                let timeout = read("timeout").map_or_else(|_| String::new(), |t| format!(", resets after {} s", t.trim()));
-                Ok((Self(device), format!("{}{timeout} without the runtime's heartbeat", name.trim())))
+                let timeout =
+                    read("timeout").map_or_else(|_| String::new(), |t| format!(", resets after {} s", t.trim()));
+                Ok((Some(Self(device)), format!("{}{timeout} without the runtime's heartbeat", name.trim())))
             }
-            Err(rustix::io::Errno::NOENT) => Err("this machine has none: a hang will stay one".into()),
+            Err(rustix::io::Errno::NOENT) => {
+                Ok((None, "this machine has none: a hang of the kernel will stay one".into()))
+            }
             Err(e) => Err(format!("{DEVICE}: {e}").into()),
         }
     }

@@ -122,7 +122,8 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
     Ok(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel: format!("{} {}", uname.sysname().to_string_lossy(), uname.release().to_string_lossy()),
-        uptime_s: Duration::new(uptime.tv_sec.cast_unsigned(), u32::try_from(uptime.tv_nsec).unwrap_or(0)).as_secs_f64(),
+        uptime_s: Duration::new(uptime.tv_sec.cast_unsigned(), u32::try_from(uptime.tv_nsec).unwrap_or(0))
+            .as_secs_f64(),
         generation: plan.as_ref().map(|p| p.generation),
         branes: plan.as_ref().map_or(0, |p| p.branes.len()),
         roles,

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
@@ -17,12 +18,14 @@ use sha2::{Digest as _, Sha256};
 use super::Control;
 use crate::channel::{Channel, is_sealed, read_whole, sealed};
 use crate::compile::{self, MAX_COMPONENT, MAX_REPORT, Report, Word};
+use crate::link;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Plan};
-use crate::link;
 
 /// The graph's name in the seed.
 const GRAPH: &str = "graph.zgraph.toml";
+/// What an appliance says that was given none.
+const NO_GRAPH: &str = "no graph: every request is answered 404 until one is deployed";
 /// What a component must export to be served.
 const HANDLER: &str = "wasi:http/incoming-handler";
 
@@ -37,7 +40,7 @@ struct Compiled {
 /// everything and says why on its console.
 pub(super) async fn from_seed(control: &Control, seed: Option<OwnedFd>, workers: usize) -> anyhow::Result<()> {
     let outcome = match &seed {
-        None => Err(anyhow::anyhow!("no graph: nothing is served until one is deployed")),
+        None => Err(anyhow::anyhow!(NO_GRAPH)),
         Some(seed) => planned(control, seed, workers).await,
     };
     let (plan, artefacts) = match outcome {
@@ -70,7 +73,10 @@ async fn start(control: &Control, plan: Plan, artefacts: &[(String, OwnedFd)]) -
 }
 
 async fn planned(control: &Control, seed: &OwnedFd, workers: usize) -> anyhow::Result<(Plan, Vec<(String, OwnedFd)>)> {
-    let text = read(seed, GRAPH, manifest::MAX_BYTES).with_context(|| format!("reading {GRAPH}"))?;
+    let text = match read(seed, GRAPH, manifest::MAX_BYTES) {
+        Err(e) if e.kind() == ErrorKind::NotFound => anyhow::bail!(NO_GRAPH),
+        other => other.with_context(|| format!("reading {GRAPH}"))?,
+    };
     let text = String::from_utf8(text).with_context(|| format!("{GRAPH} is not UTF-8"))?;
     let manifest = manifest::parse(&text).map_err(|wrong| listed(GRAPH, &wrong))?;
     for warning in manifest.warnings() {
@@ -123,7 +129,8 @@ fn artefact_name(digest: &str) -> String {
 }
 
 fn listed(what: &str, wrong: &[String]) -> anyhow::Error {
-    let mut words = format!("{what}: {} error{}, nothing is changed", wrong.len(), if wrong.len() == 1 { "" } else { "s" });
+    let mut words =
+        format!("{what}: {} error{}, nothing is changed", wrong.len(), if wrong.len() == 1 { "" } else { "s" });
     for w in wrong {
         let _ = write!(words, "\n{w}");
     }
@@ -131,7 +138,11 @@ fn listed(what: &str, wrong: &[String]) -> anyhow::Error {
 }
 
 /// Compiles each image once, by its name and by its content.
-async fn compile_all(control: &Control, seed: &OwnedFd, manifest: &Manifest) -> anyhow::Result<HashMap<String, Compiled>> {
+async fn compile_all(
+    control: &Control,
+    seed: &OwnedFd,
+    manifest: &Manifest,
+) -> anyhow::Result<HashMap<String, Compiled>> {
     let images: BTreeSet<&str> = manifest.brane.values().map(|brane| brane.image.as_str()).collect();
     let mut all = HashMap::with_capacity(images.len());
     let mut working = futures_util::stream::iter(images)
@@ -169,12 +180,16 @@ async fn compiled(control: &Control, name: &str, component: &[u8]) -> anyhow::Re
     let artefact = files.next().context("the compiler sent no artefact")?;
     anyhow::ensure!(is_sealed(&artefact), "the compiler sent an artefact that could still change");
     let size = rustix::fs::fstat(&artefact)?.st_size.cast_unsigned();
-    anyhow::ensure!(size <= compile::MAX_ARTEFACT, "the artefact has {size} bytes, at most {} are taken", compile::MAX_ARTEFACT);
+    anyhow::ensure!(
+        size <= compile::MAX_ARTEFACT,
+        "the artefact has {size} bytes, at most {} are taken",
+        compile::MAX_ARTEFACT
+    );
     Ok(Compiled { digest, report, artefact })
 }
 
 /// Reads a file of the seed by its plain name.
-fn read(seed: &OwnedFd, name: &str, most: u64) -> anyhow::Result<Vec<u8>> {
+fn read(seed: &OwnedFd, name: &str, most: u64) -> std::io::Result<Vec<u8>> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    Ok(read_whole(rustix::fs::openat(seed, name, flags, Mode::empty())?, most)?)
+    read_whole(rustix::fs::openat(seed, name, flags, Mode::empty())?, most)
 }

@@ -109,8 +109,13 @@ impl Control {
     async fn begin(&self, seed: Option<OwnedFd>) -> anyhow::Result<()> {
         let found = self.init.hello().await?;
         if let Some(generation) = found.generation {
-            let (_, file) = found.files.into_iter().find(|(name, _)| name == plan::FILE).context("init has no plan of the running generation")?;
-            let plan: Plan = serde_json::from_slice(&read_whole(file, plan::MAX_BYTES)?).context("the running generation's plan")?;
+            let (_, file) = found
+                .files
+                .into_iter()
+                .find(|(name, _)| name == plan::FILE)
+                .context("init has no plan of the running generation")?;
+            let plan: Plan =
+                serde_json::from_slice(&read_whole(file, plan::MAX_BYTES)?).context("the running generation's plan")?;
             let workers = self.workers.borrow().len();
             let branes = plan.branes.len();
             *self.plan.borrow_mut() = Some(Rc::new(plan));
@@ -134,7 +139,14 @@ impl Control {
     }
 
     /// A worker was started.
-    fn worker_came(&self, core: usize, pid: i32, generation: u32, channel: OwnedFd, statistics: &OwnedFd) -> anyhow::Result<()> {
+    fn worker_came(
+        &self,
+        core: usize,
+        pid: i32,
+        generation: u32,
+        channel: OwnedFd,
+        statistics: &OwnedFd,
+    ) -> anyhow::Result<()> {
         let statistics = Statistics::map(statistics)?;
         let worker = Worker { core, pid, generation, statistics, channel: Channel::new(channel)? };
         let mut workers = self.workers.borrow_mut();

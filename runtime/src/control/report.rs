@@ -22,9 +22,9 @@ pub struct Status {
     pub roles: Vec<Role>,
     /// The workers' counters.
     pub workers: Vec<Worker>,
-    /// Requests served since power-on, by workers that live and that do not.
+    /// Requests of the living workers, and of those that ended since this control was started.
     pub requests: u64,
-    /// Requests that ended with their worker.
+    /// Requests that ended with their worker since this control was started.
     pub lost: u64,
     /// The machine's memory.
     pub memory: Memory,

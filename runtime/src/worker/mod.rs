@@ -7,6 +7,7 @@
 pub mod brane;
 pub mod host;
 pub mod instances;
+pub mod linger;
 pub mod route;
 pub mod serve;
 
@@ -115,7 +116,8 @@ pub fn run() -> anyhow::Result<()> {
 }
 
 fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
-    let plan = read_whole(descriptors.take(&format!("file-{}", plan::FILE))?, plan::MAX_BYTES).context("reading the plan")?;
+    let plan =
+        read_whole(descriptors.take(&format!("file-{}", plan::FILE))?, plan::MAX_BYTES).context("reading the plan")?;
     let plan: Plan = serde_json::from_slice(&plan).context("reading the plan")?;
     let statistics = Arc::new(Statistics::map(descriptors.take("statistics")?).context("mapping the statistics")?);
     let artefacts = descriptors.take_all("file-");
@@ -164,14 +166,20 @@ fn tick(engines: Vec<Engine>, place: &Place, group: Option<OwnedFd>) -> anyhow::
             }
         }
         let mut set = CpuSet::new();
-        cores.iter().for_each(|core| set.set(*core));
+        for core in &cores {
+            set.set(*core);
+        }
         let _ = rustix::thread::sched_setaffinity(None, &set);
         loop {
             std::thread::sleep(TICK);
             engines.iter().for_each(Engine::increment_epoch);
         }
     };
-    std::thread::Builder::new().name("tick".into()).stack_size(64 * 1024).spawn(body).context("starting the tick thread")?;
+    std::thread::Builder::new()
+        .name("tick".into())
+        .stack_size(64 * 1024)
+        .spawn(body)
+        .context("starting the tick thread")?;
     Ok(())
 }
 
@@ -214,8 +222,8 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
                 tokio::task::spawn_local(accept(Rc::clone(&worker), Rc::clone(listener), watching.clone()))
             })),
             Ok((ToWorker::Release, _)) => lent.borrow_mut().drain(..).for_each(|task| task.abort()),
-            Ok((ToWorker::Drain, _)) => break,
-            Err(gaia_init::wire::Error::Closed) => break,
+            // Without init nobody is left to say drain.
+            Ok((ToWorker::Drain, _)) | Err(gaia_init::wire::Error::Closed) => break,
             Err(e) => say(worker.core, &format!("message from init dropped: {e}")),
         }
     }
@@ -254,7 +262,12 @@ async fn accept(worker: Rc<Worker>, listener: Listener, mut phase: watch::Receiv
 }
 
 /// Serves one connection to its end, or to the end of its current request when the worker drains.
-async fn connection(worker: Rc<Worker>, stream: TcpStream, peer: std::net::SocketAddr, mut phase: watch::Receiver<Phase>) {
+async fn connection(
+    worker: Rc<Worker>,
+    stream: TcpStream,
+    peer: std::net::SocketAddr,
+    mut phase: watch::Receiver<Phase>,
+) {
     let counters = Arc::clone(&worker.statistics);
     let _open = While::counted(&counters.worker.open);
     let _ = stream.set_nodelay(true);
@@ -264,7 +277,7 @@ async fn connection(worker: Rc<Worker>, stream: TcpStream, peer: std::net::Socke
         .header_read_timeout(HEAD_WITHIN)
         .max_buf_size(CONNECTION_BUFFER)
         .pipeline_flush(true)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(linger::Lingering::new(stream)), service);
     let mut connection = std::pin::pin!(connection);
     // What goes wrong on a connection is the client's to know: it sees it end.
     tokio::select! {

@@ -101,7 +101,9 @@ async fn dispatch(
             let late = Box::pin(tokio::time::sleep_until(deadline.into()));
             Ok(response.map(|body| Either::Right(GuestBody { body, late, brane, _task: task, _inside: inside })))
         }
-        Ok(Ok(Err(code))) => Err(own(StatusCode::BAD_GATEWAY, format!("the brane answered with an error: {}", word(&code)))),
+        Ok(Ok(Err(code))) => {
+            Err(own(StatusCode::BAD_GATEWAY, format!("the brane answered with an error: {}", word(&code))))
+        }
         // The guest is gone and has set no response: the task's end says why.
         Ok(Err(_)) => match tokio::time::timeout_at(deadline.into(), &mut task.0).await {
             Err(_) => Err(late()),

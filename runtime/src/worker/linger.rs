@@ -1,0 +1,115 @@
+//! A TCP stream that closes without cutting off its last answer.
+//!
+//! When a server closes a socket that still has unread bytes, the kernel resets the connection, and the reset can
+//! overtake the answer: a client whose request was refused for its size would never learn why. So, when there are
+//! unread bytes at the end, the stream is shut for writing and read for a bounded while.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::Sleep;
+
+/// What is read and dropped at most, in bytes.
+const MOST: usize = 16 << 20;
+/// For how long at most.
+const WITHIN: Duration = Duration::from_secs(2);
+
+/// A stream and, while it closes, how much longer.
+pub struct Lingering {
+    stream: TcpStream,
+    closing: Option<(usize, Pin<Box<Sleep>>)>,
+    shut: bool,
+}
+
+impl Lingering {
+    /// Takes over an accepted stream.
+    #[must_use]
+    pub fn new(stream: TcpStream) -> Self {
+        Self { stream, closing: None, shut: false }
+    }
+}
+
+impl AsyncRead for Lingering {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Lingering {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        all: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, all)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.shut {
+            ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
+            self.shut = true;
+            let mut first = [0; 4096];
+            match self.stream.try_read(&mut first) {
+                Ok(n) if n > 0 => self.closing = Some((MOST, Box::pin(tokio::time::sleep(WITHIN)))),
+                // Nothing is there, or the client has closed too: the usual end of a connection.
+                _ => return Poll::Ready(Ok(())),
+            }
+        }
+        let this = &mut *self;
+        let Some((left, until)) = &mut this.closing else { return Poll::Ready(Ok(())) };
+        let mut dropped = [0; 16 * 1024];
+        while until.as_mut().poll(cx).is_pending() {
+            let mut buffer = ReadBuf::new(&mut dropped);
+            let read = match ready!(Pin::new(&mut this.stream).poll_read(cx, &mut buffer)) {
+                Ok(()) => buffer.filled().len(),
+                Err(_) => 0,
+            };
+            match left.checked_sub(read) {
+                Some(rest) if read > 0 => *left = rest,
+                _ => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    /// A client that sends more than is read must still get the answer.
+    #[tokio::test]
+    async fn the_last_answer_arrives_although_the_request_was_not_read() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        client.write_all(&vec![b'x'; 300_000]).await.unwrap();
+        let mut server = Lingering::new(stream);
+        let mut some = [0; 10];
+        server.read_exact(&mut some).await.unwrap();
+        server.write_all(b"no").await.unwrap();
+        let closed = tokio::spawn(async move { server.shutdown().await });
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"no");
+        drop(client);
+        closed.await.unwrap().unwrap();
+    }
+}

@@ -1,0 +1,10 @@
+//! One file per promise. Each test boots an appliance of its own and says in one line what it would miss if it passed
+//! wrongly.
+
+#![allow(clippy::unwrap_used, reason = "everything here is a test, also what the tests share")]
+
+mod boot;
+mod image;
+mod memory;
+mod requests;
+mod workers;

@@ -1,0 +1,37 @@
+//! What the idle appliance costs.
+
+use std::time::Duration;
+
+use gaia_tests::{Appliance, Setup};
+
+/// Idle RAM that the appliance may take, in KiB: what is not available, and what the kernel reserved for itself.
+const IDLE_KIB: u64 = 64 * 1024;
+/// The machine, in MiB.
+const MACHINE_MIB: u32 = 512;
+/// Idle means that the boot is over: for some seconds after it, the kernel keeps freed pages in lists per processor,
+/// where they count neither as free nor as available.
+const SETTLED_WITHIN: Duration = Duration::from_mins(1);
+
+/// Would miss: a role, a pool or a kernel table that takes memory before there is anything to serve.
+#[test]
+fn idle_it_takes_at_most_64_mib() {
+    let appliance = Appliance::boot(&Setup::default().memory_mib(MACHINE_MIB)).unwrap();
+    let used = |a: &Appliance| {
+        let status = a.ask("GET /v1/status")?;
+        let kib = |name: &str| status["memory"][name].as_u64().unwrap();
+        let (reserved, used) =
+            (u64::from(MACHINE_MIB) * 1024 - kib("total_kib"), kib("total_kib") - kib("available_kib"));
+        println!("idle: {used} KiB used + {reserved} KiB reserved by the kernel = {} KiB", used + reserved);
+        Ok(used + reserved)
+    };
+    let settled = appliance.until(SETTLED_WITHIN, used, |kib| *kib <= IDLE_KIB);
+    if settled.is_err() {
+        println!("{}", appliance.read("/proc/meminfo").unwrap());
+        for name in ["init", "control", "console", "worker@0", "worker@1"] {
+            let pid = appliance.pid(name).unwrap();
+            println!("{name}\n{}", appliance.read(&format!("/proc/{pid}/smaps_rollup")).unwrap());
+        }
+    }
+    settled.unwrap();
+    appliance.power_off().unwrap();
+}

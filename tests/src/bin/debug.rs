@@ -1,0 +1,88 @@
+//! The debug role: answers the tests' questions from inside the machine. It exists only in the test image.
+//!
+//! One JSON object on each line of the virtio-serial port `gaia.debug`, one on each line back:
+//! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"kill": 77, "signal": 9}`,
+//! `{"ask": "GET /v1/status"}` of control's API. The answer is `{"ok": …}` or `{"error": "…"}`.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+/// The port's name, as QEMU was told.
+const PORT: &str = "gaia.debug";
+/// The most of a file that is read, in bytes.
+const MOST: u64 = 8 << 20;
+
+fn main() -> anyhow::Result<()> {
+    let path = port().context("no virtio-serial port is named gaia.debug")?;
+    let mut port =
+        fs::OpenOptions::new().read(true).write(true).open(&path).with_context(|| path.display().to_string())?;
+    let mut lines = BufReader::new(port.try_clone()?);
+    loop {
+        let mut line = String::new();
+        if lines.read_line(&mut line)? == 0 {
+            // Nobody is at the other end just now.
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        }
+        let answer = match serde_json::from_str(&line).map_err(Into::into).and_then(|request| answer(&request)) {
+            Ok(ok) => json!({ "ok": ok }),
+            Err(e) => json!({ "error": format!("{e:#}") }),
+        };
+        port.write_all(format!("{answer}\n").as_bytes())?;
+    }
+}
+
+fn port() -> Option<PathBuf> {
+    let ports = fs::read_dir("/sys/class/virtio-ports").ok()?.flatten();
+    let named =
+        |entry: &fs::DirEntry| fs::read_to_string(entry.path().join("name")).is_ok_and(|name| name.trim() == PORT);
+    ports.into_iter().find(named).map(|entry| PathBuf::from("/dev").join(entry.file_name()))
+}
+
+fn answer(request: &Value) -> anyhow::Result<Value> {
+    let text = |name: &str| request.get(name).and_then(Value::as_str);
+    if let Some(path) = text("read") {
+        let mut bytes = Vec::new();
+        fs::File::open(path).and_then(|f| f.take(MOST).read_to_end(&mut bytes)).with_context(|| path.to_owned())?;
+        return Ok(String::from_utf8_lossy(&bytes).into());
+    }
+    if let Some(path) = text("list") {
+        let entries = fs::read_dir(path).with_context(|| path.to_owned())?;
+        let mut names: Vec<_> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        return Ok(names.into());
+    }
+    if let Some(path) = text("link") {
+        return Ok(fs::read_link(path).with_context(|| path.to_owned())?.to_string_lossy().into());
+    }
+    if let Some(pid) = request.get("kill").and_then(Value::as_i64) {
+        let signal = request.get("signal").and_then(Value::as_i64).unwrap_or(9);
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no process id")?;
+        let signal = i32::try_from(signal).ok().and_then(Signal::from_named_raw).context("no signal")?;
+        kill_process(pid, signal)?;
+        return Ok(Value::Null);
+    }
+    if let Some(what) = text("ask") {
+        return ask(what);
+    }
+    anyhow::bail!("not a request: {request}")
+}
+
+/// One request to control's API on its Unix socket.
+fn ask(what: &str) -> anyhow::Result<Value> {
+    let socket = std::env::var("GAIA_API").context("GAIA_API")?;
+    let mut stream = UnixStream::connect(&socket).with_context(|| socket.clone())?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    write!(stream, "{what} HTTP/1.1\r\nHost: appliance\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.take(MOST).read_to_string(&mut answer)?;
+    let (_, body) = answer.split_once("\r\n\r\n").with_context(|| format!("an answer that breaks off: {answer:?}"))?;
+    Ok(serde_json::from_str(body)?)
+}

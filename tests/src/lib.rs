@@ -1,0 +1,293 @@
+//! An appliance for tests: boots the image, talks to it as a user would, and looks inside through the debug role.
+//!
+//! Everything here has a limit and nothing sleeps to be on time: it waits for a line, a state or an answer. What it
+//! boots is what `make image test-image` put into `out/`.
+
+pub mod http;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use gaia_image::initramfs::seed_archive;
+use gaia_qemu::{Forward, Machine, MachineBuilder};
+use serde_json::{Value, json};
+
+/// The port that the tests' `gaia.toml` names.
+pub const PORT: u16 = 8080;
+/// What a boot may take, compilation of the guests included, on a slow machine under emulation.
+pub const BOOT_WITHIN: Duration = Duration::from_mins(3);
+/// What an answer from a living appliance may take.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// The device's settings for QEMU's user network.
+pub const SETTINGS: &str = include_str!("../../examples/gaia.toml");
+/// A graph of `hello` alone: the quickest to boot.
+pub const HELLO: &str = include_str!("../../examples/hello.zgraph.toml");
+
+/// Whether the long versions are wanted (`make soak`).
+#[must_use]
+pub fn soak() -> bool {
+    std::env::var_os("GAIA_SOAK").is_some()
+}
+
+/// A file under `out/`, which the build fills.
+#[must_use]
+pub fn out(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../out").join(name)
+}
+
+/// What to boot.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    graph: Option<String>,
+    settings: String,
+    cpus: u32,
+    memory_mib: u32,
+    test_image: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { graph: Some(HELLO.into()), settings: SETTINGS.into(), cpus: 2, memory_mib: 512, test_image: true }
+    }
+}
+
+impl Setup {
+    /// With this graph instead of `hello`.
+    #[must_use]
+    pub fn graph(mut self, graph: impl Into<String>) -> Self {
+        self.graph = Some(graph.into());
+        self
+    }
+
+    /// Without a graph.
+    #[must_use]
+    pub fn no_graph(mut self) -> Self {
+        self.graph = None;
+        self
+    }
+
+    /// With this `gaia.toml`.
+    #[must_use]
+    pub fn settings(mut self, settings: impl Into<String>) -> Self {
+        self.settings = settings.into();
+        self
+    }
+
+    /// With so many cores instead of two.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// With so much memory instead of 512 MiB.
+    #[must_use]
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// The image users get, without the debug role.
+    #[must_use]
+    pub fn production(mut self) -> Self {
+        self.test_image = false;
+        self
+    }
+}
+
+/// A running appliance. Dropped, its machine is gone.
+#[derive(Debug)]
+pub struct Appliance {
+    machine: Machine,
+    _seed: tempfile::NamedTempFile,
+}
+
+impl Appliance {
+    /// Boots and does not wait.
+    ///
+    /// # Errors
+    /// If the image is not there, or QEMU does not start.
+    pub fn start(setup: &Setup) -> Result<Self> {
+        let mut files = vec![("gaia.toml".to_owned(), setup.settings.clone().into_bytes())];
+        files.extend(setup.graph.iter().map(|graph| ("graph.zgraph.toml".to_owned(), graph.clone().into_bytes())));
+        for entry in std::fs::read_dir(out("branes")).context("out/branes is not there: `make image` builds it")? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if setup.graph.as_ref().is_some_and(|graph| graph.contains(&name)) {
+                files.push((name, std::fs::read(entry.path())?));
+            }
+        }
+        let seed = tempfile::NamedTempFile::new()?;
+        std::fs::write(&seed, seed_archive(files)?)?;
+        let base = out(if setup.test_image { "initramfs-test.zst" } else { "initramfs.zst" });
+        ensure!(base.exists(), "{} is not there: `make image test-image` builds it", base.display());
+        let builder = MachineBuilder::new(out("bzImage"))
+            .initrd(base)
+            .initrd(seed.path())
+            .append(gaia_image::COMMAND_LINE)
+            .append("gaia.on_failure=poweroff")
+            .memory_mib(setup.memory_mib)
+            .cpus(setup.cpus)
+            .forward(Forward::to(PORT))
+            .debug_channel(setup.test_image);
+        Ok(Self { machine: Machine::boot(&builder)?, _seed: seed })
+    }
+
+    /// Boots and waits until it serves.
+    ///
+    /// # Errors
+    /// As [`Appliance::start`], or if it does not serve in time.
+    pub fn boot(setup: &Setup) -> Result<Self> {
+        let appliance = Self::start(setup)?;
+        appliance.line("gaia: serving generation", BOOT_WITHIN)?;
+        Ok(appliance)
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Waits for a line of the console that contains the pattern, from where the last wait ended.
+    ///
+    /// # Errors
+    /// If it does not come in time; the error shows the console's last lines.
+    pub fn line(&self, pattern: &str, within: Duration) -> Result<String> {
+        Ok(self.machine.console().wait_for_line(pattern, within)?.to_string())
+    }
+
+    /// The port of this machine behind which the appliance's ingress is.
+    ///
+    /// # Errors
+    /// Never, as booted here.
+    pub fn port(&self) -> Result<u16> {
+        Ok(self.machine.port(PORT)?)
+    }
+
+    /// One `GET` on a connection of its own.
+    ///
+    /// # Errors
+    /// If there is no whole answer.
+    pub fn get(&self, path: &str) -> Result<http::Answer> {
+        Ok(http::get(self.port()?, path, ANSWER_WITHIN)?)
+    }
+
+    fn debug(&self, request: &Value) -> Result<Value> {
+        let answer: Value = serde_json::from_str(&self.machine.debug()?.request(&request.to_string())?)?;
+        match answer.get("error") {
+            Some(error) => anyhow::bail!("{request}: {error}"),
+            None => Ok(answer["ok"].clone()),
+        }
+    }
+
+    /// Reads a file inside.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn read(&self, path: &str) -> Result<String> {
+        Ok(self.debug(&json!({ "read": path }))?.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Lists a directory inside.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn list(&self, path: &str) -> Result<Vec<String>> {
+        Ok(serde_json::from_value(self.debug(&json!({ "list": path }))?)?)
+    }
+
+    /// Sends a signal to a process inside.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn kill(&self, pid: i64, signal: i32) -> Result<()> {
+        self.debug(&json!({ "kill": pid, "signal": signal })).map(drop)
+    }
+
+    /// Asks control's API: `GET /v1/status`.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn ask(&self, what: &str) -> Result<Value> {
+        self.debug(&json!({ "ask": what }))
+    }
+
+    /// A number that control lists about a running role: `pid`, `millis`, `restarts`.
+    ///
+    /// # Errors
+    /// If control does not answer, or has no such role running.
+    pub fn role(&self, role: &str, number: &str) -> Result<i64> {
+        let status = self.ask("GET /v1/status")?;
+        let roles = status["roles"].as_array().context("no roles")?;
+        let found = roles.iter().find(|r| r["name"] == role && r["pid"].as_i64() > Some(0));
+        found.and_then(|r| r[number].as_i64()).with_context(|| format!("no {role} is running: {status}"))
+    }
+
+    /// The process of a role.
+    ///
+    /// # Errors
+    /// As [`Appliance::role`].
+    pub fn pid(&self, role: &str) -> Result<i64> {
+        self.role(role, "pid")
+    }
+
+    /// Asks until the answer is as wanted.
+    ///
+    /// # Errors
+    /// If it is not in time; with the last answer.
+    pub fn until<T: std::fmt::Debug>(
+        &self,
+        within: Duration,
+        ask: impl Fn(&Self) -> Result<T>,
+        wanted: impl Fn(&T) -> bool,
+    ) -> Result<T> {
+        let deadline = Instant::now() + within;
+        loop {
+            let answer = ask(self);
+            match answer {
+                Ok(answer) if wanted(&answer) => return Ok(answer),
+                other if Instant::now() > deadline => {
+                    anyhow::bail!("not within {within:?}; the last answer: {other:?}")
+                }
+                _ => std::thread::sleep(Duration::from_millis(200)),
+            }
+        }
+    }
+
+    /// Types `poweroff`, waits for the machine to end by itself, and returns all it ever printed.
+    ///
+    /// # Errors
+    /// If it does not end, or not with status 0.
+    pub fn power_off(self) -> Result<String> {
+        self.machine.console().send_line("poweroff")?;
+        let exit = self.machine.wait_exit(Duration::from_mins(1))?;
+        ensure!(exit.success(), "QEMU ended with {exit:?}");
+        Ok(self.machine.console().transcript())
+    }
+}
+
+/// The kernel's own lines in a transcript. At the level the appliance boots with, each is a warning or worse; only the
+/// last words of a machine that switches itself off are not.
+#[must_use]
+pub fn kernel_complaints(transcript: &str) -> Vec<&str> {
+    let stamp = |line: &&str| {
+        let inside = line.trim_start().strip_prefix('[').and_then(|l| l.split_once(']'));
+        inside.is_some_and(|(time, _)| time.trim().parse::<f64>().is_ok())
+    };
+    transcript.lines().filter(stamp).filter(|line| !line.contains("reboot: ")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::kernel_complaints;
+
+    #[test]
+    fn complaints_are_found_among_the_appliances_own_lines() {
+        let transcript =
+            "[    0.032000] tsc: unstable\n  2.1 ms  mounts /dev\n[   20.5] reboot: Power down\ngaia: x [0.1 s]\n";
+        assert_eq!(kernel_complaints(transcript), ["[    0.032000] tsc: unstable"]);
+    }
+}
