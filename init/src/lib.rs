@@ -1,6 +1,6 @@
 //! Supervision: who runs, as whom, with which descriptors, and what happens when it stops.
 //!
-//! This library is shared by PID 1 (`src/main.rs`) and by any launcher that plays init's part for an
+//! This library is shared by PID 1 (`src/pid1/main.rs`) and by any launcher that plays init's part for an
 //! unprivileged run. It owns the table of roles, the listening sockets, the channels between the roles
 //! and the supervisor's event loop. It never speaks HTTP or TLS, never looks inside a component, and
 //! reads three things that others wrote, each with its bound:

@@ -20,6 +20,17 @@ pub struct Listener {
     pub socket: OwnedFd,
 }
 
+/// What could be opened, and what not.
+#[derive(Debug, Default)]
+pub struct Opened {
+    /// The sockets.
+    pub listeners: Vec<Listener>,
+    /// Why others are missing: the first error of each address.
+    pub errors: Vec<Error>,
+    /// Whether this kernel has no IPv6: then there are no sockets for it, which is no error.
+    pub only_v4: bool,
+}
+
 /// A listening socket could not be made.
 #[derive(Debug, thiserror::Error)]
 #[error("listening on {address}: {step}: {source}")]
@@ -34,21 +45,36 @@ pub struct Error {
 
 /// Opens one `SO_REUSEPORT` socket per port, worker core and address family (IPv4 and IPv6 on all addresses).
 ///
-/// The order of the sockets within a port's reuseport group is that of `cores`.
-///
-/// # Errors
-/// [`Error`] names the address and the call. Sockets opened before it are closed.
-pub fn open(ports: &[u16], cores: &[usize]) -> Result<Vec<Listener>, Error> {
-    let mut all = Vec::with_capacity(ports.len() * cores.len() * 2);
+/// The order of the sockets within a port's reuseport group is that of `cores`. One that cannot be had does not keep
+/// the others from being opened.
+#[must_use]
+pub fn open(ports: &[u16], cores: &[usize]) -> Opened {
+    let mut opened = Opened::default();
     for port in ports {
         for core in cores {
             for (family, ip) in [("v4", IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ("v6", IpAddr::V6(Ipv6Addr::UNSPECIFIED))] {
-                let socket = listen(SocketAddr::new(ip, *port))?;
-                all.push(Listener { name: format!("http-{port}-{family}"), core: *core, socket });
+                match listen(SocketAddr::new(ip, *port)) {
+                    Ok(socket) => {
+                        let name = format!("http-{port}-{family}");
+                        opened.listeners.push(Listener { name, core: *core, socket });
+                    }
+                    Err(e) if ip.is_ipv6() && e.source == rustix::io::Errno::AFNOSUPPORT => opened.only_v4 = true,
+                    Err(e) if opened.errors.iter().any(|other| other.address == e.address) => {}
+                    Err(e) => opened.errors.push(e),
+                }
             }
         }
     }
-    Ok(all)
+    opened
+}
+
+/// Has the socket listen again, should one of those who share it have shut it down, which takes it out of every
+/// connection's reach until then (Linux, `inet_shutdown`). To one that listens it does nothing.
+///
+/// # Errors
+/// What the kernel said.
+pub fn listen_again(listener: &Listener) -> Result<(), rustix::io::Errno> {
+    rustix::net::listen(&listener.socket, BACKLOG)
 }
 
 fn listen(address: SocketAddr) -> Result<OwnedFd, Error> {
@@ -76,17 +102,34 @@ mod tests {
     fn one_socket_per_core_and_family() {
         // Port 0 would give each its own; take one that is free just now.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let all = open(&[port], &[0, 1]).unwrap();
-        assert_eq!(all.len(), 4);
-        assert_eq!(all.iter().filter(|l| l.core == 1).count(), 2);
+        let Opened { listeners: all, errors, only_v4 } = open(&[port], &[0, 1]);
+        assert!(errors.is_empty(), "{errors:?}");
+        assert_eq!(all.len(), if only_v4 { 2 } else { 4 });
+        assert_eq!(all.iter().filter(|l| l.core == 1).count(), all.len() / 2);
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
     }
 
     #[test]
-    fn a_taken_port_is_named() {
+    fn a_taken_port_is_named_once_and_keeps_no_other_from_being_opened() {
         let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
-        let error = open(&[taken.local_addr().unwrap().port()], &[0]).unwrap_err();
+        let taken = (taken.local_addr().unwrap().port(), taken);
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let opened = open(&[taken.0, free], &[0, 1]);
+        let [error] = opened.errors.as_slice() else { panic!("{opened:?}") };
         assert_eq!(error.step, "bind");
-        assert!(error.to_string().contains(&taken.local_addr().unwrap().port().to_string()));
+        assert!(error.to_string().contains(&taken.0.to_string()));
+        assert!(opened.listeners.iter().any(|l| l.name == format!("http-{free}-v4")));
+    }
+
+    #[test]
+    fn a_socket_that_was_shut_down_listens_again_on_its_port() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let opened = open(&[port], &[0]);
+        let v4 = &opened.listeners[0];
+        rustix::net::shutdown(&v4.socket, rustix::net::Shutdown::Both).unwrap();
+        assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
+        listen_again(v4).unwrap();
+        listen_again(v4).unwrap();
+        assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
     }
 }

@@ -31,6 +31,30 @@ pub enum Place {
     OwnCore,
 }
 
+/// As whom a role runs. User and group have the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum User {
+    /// Root stays root.
+    Root,
+    /// One user.
+    One(u32),
+    /// One user for each worker's core or compiler's slot, from this on: what is hostile in one of them can neither
+    /// signal nor look into another.
+    Each(u32),
+}
+
+impl User {
+    /// Its number for a worker's core or a compiler's slot; `None` is root.
+    #[must_use]
+    pub fn id(self, number: Option<usize>) -> Option<u32> {
+        match self {
+            Self::Root => None,
+            Self::One(id) => Some(id),
+            Self::Each(first) => Some(first.saturating_add(number.and_then(|n| u32::try_from(n).ok()).unwrap_or(0))),
+        }
+    }
+}
+
 /// What happens when a process of this role ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restart {
@@ -45,14 +69,14 @@ pub enum Restart {
 pub struct Role {
     /// The kind.
     pub kind: Kind,
-    /// Its name in reports; a worker's is followed by `@core`.
+    /// Its name in reports; a worker's is followed by `@core`, a compiler's by `@slot`.
     pub name: &'static str,
     /// The program.
     pub program: &'static CStr,
     /// Its arguments, the program's name first.
     pub arguments: &'static [&'static CStr],
-    /// User and group it runs as; `None` stays root.
-    pub user: Option<u32>,
+    /// User and group it runs as.
+    pub user: User,
     /// Where it runs.
     pub place: Place,
     /// What becomes of it.
@@ -63,23 +87,31 @@ pub struct Role {
     pub max_cpu: Option<Duration>,
     /// Address space it may have in bytes (`RLIMIT_AS`), for roles whose need is known.
     pub max_memory: Option<u64>,
-    /// It gets the serial port as its terminal and standard streams.
+    /// Its standard streams are the serial port. That is not its controlling terminal: the kernel hangs up the terminal
+    /// of a session whose leader ends, and whoever is started next could not use it any more.
     pub terminal: bool,
 }
 
 /// The runtime's program on the appliance; every role of the runtime is a sub-command of it.
 pub const RUNTIME: &CStr = c"/bin/gaia";
 
-/// User ids, one per role; no name service is needed, so there is no `/etc/passwd`.
+/// User ids; no name service is needed, so there is no `/etc/passwd`.
+///
+/// | from | to   | who                                                                                    |
+/// |------|------|----------------------------------------------------------------------------------------|
+/// | 100  | 100  | control                                                                                |
+/// | 103  | 103  | the console                                                                            |
+/// | 900  | 901  | compilers: 900 and the slot, below [`MAX_COMPILERS`](crate::supervise::MAX_COMPILERS)  |
+/// | 1000 | 9191 | workers: 1000 and the core; the workers of two generations on one core are the same    |
 pub mod users {
     /// Control.
     pub const CONTROL: u32 = 100;
-    /// Compilers.
-    pub const COMPILE: u32 = 101;
-    /// Workers.
-    pub const WORKER: u32 = 102;
     /// The console.
     pub const CONSOLE: u32 = 103;
+    /// The first of the compilers.
+    pub const COMPILE: u32 = 900;
+    /// The first of the workers.
+    pub const WORKER: u32 = 1000;
 }
 
 /// All roles.
@@ -89,7 +121,7 @@ pub const ROLES: &[Role] = &[
         name: "control",
         program: RUNTIME,
         arguments: &[c"gaia", c"role", c"control"],
-        user: Some(users::CONTROL),
+        user: User::One(users::CONTROL),
         place: Place::Housekeeping,
         restart: Restart::Always,
         max_files: 4096,
@@ -102,7 +134,7 @@ pub const ROLES: &[Role] = &[
         name: "compile",
         program: RUNTIME,
         arguments: &[c"gaia", c"role", c"compile"],
-        user: Some(users::COMPILE),
+        user: User::Each(users::COMPILE),
         place: Place::Housekeeping,
         restart: Restart::Never,
         max_files: 16,
@@ -117,7 +149,7 @@ pub const ROLES: &[Role] = &[
         name: "worker",
         program: RUNTIME,
         arguments: &[c"gaia", c"role", c"worker"],
-        user: Some(users::WORKER),
+        user: User::Each(users::WORKER),
         place: Place::OwnCore,
         restart: Restart::Always,
         // One per connection, and what it starts with.
@@ -131,7 +163,7 @@ pub const ROLES: &[Role] = &[
         name: "console",
         program: RUNTIME,
         arguments: &[c"gaia", c"console"],
-        user: Some(users::CONSOLE),
+        user: User::One(users::CONSOLE),
         place: Place::Housekeeping,
         restart: Restart::Always,
         max_files: 64,
@@ -145,7 +177,7 @@ pub const ROLES: &[Role] = &[
         name: "debug",
         program: c"/bin/gaia-debug",
         arguments: &[c"gaia-debug"],
-        user: None,
+        user: User::Root,
         place: Place::Housekeeping,
         restart: Restart::Always,
         max_files: 1024,
@@ -174,6 +206,7 @@ impl Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::supervise::MAX_COMPILERS;
 
     #[test]
     fn each_kind_finds_its_own_row() {
@@ -184,14 +217,20 @@ mod tests {
 
     #[test]
     fn no_two_roles_share_a_user() {
-        let mut users: Vec<_> = ROLES.iter().map(|r| r.user).collect();
+        let many = |r: &Role| if r.kind == Kind::Compile { MAX_COMPILERS } else { 8192 };
+        let ids = |r: &Role| match r.user {
+            User::Each(_) => (0..many(r)).map(|n| r.user.id(Some(n))).collect(),
+            _ => vec![r.user.id(None)],
+        };
+        let mut users: Vec<_> = ROLES.iter().flat_map(ids).collect();
+        let all = users.len();
         users.sort_unstable();
         users.dedup();
-        assert_eq!(users.len(), ROLES.len());
+        assert_eq!(users.len(), all);
     }
 
     #[test]
     fn only_the_debug_role_stays_root() {
-        assert!(ROLES.iter().all(|r| r.user.is_some() || r.name == "debug"));
+        assert!(ROLES.iter().all(|r| r.user != User::Root || r.name == "debug"));
     }
 }

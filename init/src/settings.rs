@@ -10,6 +10,8 @@ use serde::Deserialize;
 
 /// The largest `gaia.toml` that is read, in bytes.
 pub const MAX_BYTES: u64 = 64 * 1024;
+/// The most ports for requests: each is two sockets for every worker core, all of which have names in one variable.
+pub const MAX_PORTS: usize = 16;
 
 /// Everything `gaia.toml` can say.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
@@ -43,7 +45,7 @@ pub struct Network {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ingress {
-    /// TCP ports for plain HTTP.
+    /// TCP ports for plain HTTP, at most [`MAX_PORTS`].
     pub http: Vec<u16>,
 }
 
@@ -103,7 +105,7 @@ pub enum ConsoleMode {
     Operate,
     /// A prompt that only shows.
     Observe,
-    /// The boot report, then nothing.
+    /// The boot report and the appliance's events; no prompt.
     Off,
 }
 
@@ -174,6 +176,9 @@ pub fn parse(text: &str) -> Result<Settings, String> {
     if settings.ingress.http.contains(&0) {
         return Err("ingress.http: 0 is not a port; name one from 1 to 65535, or leave the list empty".to_owned());
     }
+    if settings.ingress.http.len() > MAX_PORTS {
+        return Err(format!("ingress.http: at most {MAX_PORTS} ports"));
+    }
     Ok(settings)
 }
 
@@ -209,6 +214,7 @@ mod tests {
             ("[network]\ngateway = [\"1.1.1.1\", \"2.2.2.2\"]", "at most one"),
             ("[ingress]\nhttp = [0]", "not a port"),
             ("[ingress]\nhttp = 80 90", "line 2"),
+            ("[ingress]\nhttp = [1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]", "at most 16"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(wanted), "{text:?} gave {error:?}, which lacks {wanted:?}");

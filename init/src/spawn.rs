@@ -3,8 +3,8 @@
 //! ```text
 //! parent                         child
 //! pipe (close-on-exec)
-//! fork ───────────────────────▶  signals → session → terminal → cgroups → core → capabilities
-//! read the pipe: end of file     → capabilities → groups → user → no_new_privs → descriptors → exec
+//! fork ───────────────────────▶  signals → session → cgroups → core → capabilities → groups → user
+//! read the pipe: end of file       → no_new_privs → descriptors → limits → exec
 //! means exec; else step + errno  (any failure: step + errno into the pipe, exit)
 //! ```
 
@@ -30,8 +30,6 @@ pub struct Confinement<'a> {
     pub cgroups: Vec<BorrowedFd<'a>>,
     /// Resource limits.
     pub limits: Vec<(Resource, u64)>,
-    /// Standard input, output and error become its controlling terminal, in a session of its own.
-    pub terminal: bool,
 }
 
 /// A process to be started.
@@ -63,8 +61,6 @@ pub enum Step {
     Signals,
     /// `setsid`
     Session,
-    /// `TIOCSCTTY`
-    Terminal,
     /// Writing to `cgroup.procs` or `cgroup.threads`.
     Cgroup,
     /// `sched_setaffinity`
@@ -86,12 +82,11 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 13] = [
         Self::Pipe,
         Self::Fork,
         Self::Signals,
         Self::Session,
-        Self::Terminal,
         Self::Cgroup,
         Self::Cores,
         Self::Capabilities,
@@ -147,11 +142,14 @@ impl Command<'_> {
             nix::unistd::ForkResult::Child => {
                 // Where no descriptor of the new program will be put.
                 let most = RawFd::try_from(self.descriptors.len() + 3).unwrap_or(RawFd::MAX);
-                let write = rustix::io::fcntl_dupfd_cloexec(&write, most).unwrap_or(write);
-                let (step, errno) = self.become_it();
-                let mut answer = vec![step as u8];
-                answer.extend_from_slice(&errno.raw_os_error().to_ne_bytes());
-                let _ = rustix::io::write(&write, &answer);
+                // Below that number the pipe would be overwritten, and a failure told to whatever is there then: rather
+                // nothing is told, and the parent sees a role that ended with this status.
+                if let Ok(write) = rustix::io::fcntl_dupfd_cloexec(&write, most) {
+                    let (step, errno) = self.become_it();
+                    let mut answer = vec![step as u8];
+                    answer.extend_from_slice(&errno.raw_os_error().to_ne_bytes());
+                    let _ = rustix::io::write(&write, &answer);
+                }
                 // SAFETY: `_exit` has no preconditions. Not `exit`: nothing of the parent's may run in this child, no
                 // destructor and no flush.
                 unsafe { nix::libc::_exit(127) }
@@ -187,10 +185,8 @@ impl Command<'_> {
         let held = &self.confinement;
         nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
             .map_err(|e| (Step::Signals, errno(e)))?;
+        // Without a controlling terminal, and so that nothing of this session reaches another role.
         rustix::process::setsid().map_err(at(Step::Session))?;
-        if held.terminal {
-            rustix::process::ioctl_tiocsctty(self.stdio[0]).map_err(at(Step::Terminal))?;
-        }
         for group in &held.cgroups {
             // "0" is the writing thread itself (Linux, Documentation/admin-guide/cgroup-v2.rst).
             rustix::io::write(group, b"0").map_err(at(Step::Cgroup))?;

@@ -5,40 +5,46 @@
 //! - keeping what must outlive any role: listening sockets, the far ends of the channels, a generation's files,
 //! - cutting over from one generation of workers to the next, all ready before any old one stops accepting,
 //! - lending a worker's sockets to its neighbour while the worker stays away,
-//! - killing what no longer beats, and ending everything in order.
+//! - killing workers and control when they no longer beat or speak nonsense, and ending everything in order.
 //!
 //! ```text
 //! a worker:   start ─▶ Starting ── ready ─▶ Held ── all of its generation ready ─▶ Up ── drain ─▶ Draining ─▶ end
 //!                                             └── its generation serves already ─────▲
 //! ```
 
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus};
 
 use crate::cores::{Cores, list};
-use crate::listeners::Listener;
+use crate::listeners::{Listener, listen_again};
 use crate::roles::{Kind, Restart, Role};
+use crate::settings::MAX_PORTS;
 use crate::spawn::{Command, Confinement};
 use crate::wire::{self, FromControl, FromWorker, Message, ToControl, ToWorker};
 
 /// Size of a worker's statistics in shared memory, in bytes. The runtime owns the layout; this is all init knows.
 pub const STATISTICS_BYTES: u64 = 64 * 1024;
-/// Files a generation may have beside each worker's own descriptors.
-pub const MAX_FILES: usize = 2048;
+/// Files a generation may have beside each worker's own descriptors: as many as have room for their names.
+pub const MAX_FILES: usize = 1792;
+// `LISTEN_FDNAMES` is one string, and the kernel takes at most 128 KiB of one (Linux, `MAX_ARG_STRLEN`): `file-NAME` for
+// each file, `next-http-65535-v4` for the sockets of two cores, and less than 256 bytes of others, with their separators.
+const _: () = assert!(MAX_FILES * (wire::MAX_NAME + 6) + MAX_PORTS * 2 * 2 * 19 + 256 < 128 * 1024);
 /// Compilers that may run at a time.
 pub const MAX_COMPILERS: usize = 2;
+/// Requests for a compiler that may wait for one; each is answered when its turn comes.
+pub const MAX_TICKETS: usize = 64;
 /// A worker that is away for longer has its sockets served by its neighbour.
 const STAND_IN_AFTER: Duration = Duration::from_millis(500);
 /// A generation that is not ready by then has failed. Under emulation a worker needs about a second.
 const READY_WITHIN: Duration = Duration::from_mins(1);
-/// A role that is up and has not beaten for so long is killed and started again.
+/// Control, or a worker that has been ready, is killed when it has not beaten for so long, and started again.
 const SILENT_FOR: Duration = Duration::from_secs(30);
 /// An old worker that has not ended by then is killed: longer than the longest deadline a brane may have.
 const DRAINED_WITHIN: Duration = Duration::from_secs(330);
@@ -50,13 +56,26 @@ const SETTLED_AFTER: Duration = Duration::from_secs(30);
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 /// The loop turns at least this often, for heartbeats and the watchdog.
 const TURN: Duration = Duration::from_secs(1);
+/// And this often while something is left to be shown: a terminal says that it is ready only when it is nearly empty
+/// (Linux, `WAKEUP_CHARS` is 256), so it is tried. At 115,200 baud that is 230 characters.
+const SHOWING_TURN: Duration = Duration::from_millis(20);
+/// How long after the boot the watchdog is petted without any generation. A first deploy takes minutes under emulation;
+/// a runtime that has brought up nothing by then, not even an empty generation, is not well.
+const FIRST_GENERATION_WITHIN: Duration = Duration::from_mins(10);
+/// What is heard of one child in a turn, so that a chatterer cannot keep the loop from turning. More than fit into the
+/// kernel's queue of a channel (208 KiB, at least 768 bytes each), so that an ended child is heard to its end.
+const MESSAGES_PER_TURN: usize = 512;
+/// Of these, lines for the console.
+const LINES_PER_TURN: usize = 64;
 
 /// What the supervisor needs from whatever it runs on: the appliance, or an ordinary process.
 pub trait Machine {
-    /// Shows a line to the operator. Must not block for long.
+    /// Shows a line to the operator. Must not wait: what cannot be shown at once is kept for [`Machine::show`].
     fn say(&mut self, line: &str);
-    /// How a process of this role on this core is held.
-    fn confinement(&self, role: &Role, core: Option<usize>) -> Confinement<'_>;
+    /// Shows what was kept, as far as that needs no waiting. Returns whether something is left.
+    fn show(&mut self) -> bool;
+    /// How a process of this role is held; `number` is a worker's core or a compiler's slot.
+    fn confinement(&self, role: &Role, number: Option<usize>) -> Confinement<'_>;
     /// Standard input, output and error of a role.
     fn stdio(&self, role: &Role) -> [BorrowedFd<'_>; 3];
     /// What a role gets beside the supervisor's own descriptors, with names.
@@ -102,7 +121,8 @@ enum Phase {
 
 struct Child {
     kind: Kind,
-    core: Option<usize>,
+    /// A worker's core, a compiler's slot.
+    number: Option<usize>,
     pid: i32,
     generation: u32,
     phase: Phase,
@@ -120,13 +140,13 @@ struct Child {
 
 impl Child {
     fn name(&self) -> String {
-        seat_name(self.kind, self.core)
+        seat_name(self.kind, self.number)
     }
 }
 
-fn seat_name(kind: Kind, core: Option<usize>) -> String {
-    match core {
-        Some(core) => format!("{}@{core}", kind.role().name),
+fn seat_name(kind: Kind, number: Option<usize>) -> String {
+    match number {
+        Some(number) => format!("{}@{number}", kind.role().name),
         None => kind.role().name.to_owned(),
     }
 }
@@ -146,6 +166,55 @@ struct Generation {
     number: u32,
     files: Vec<(String, OwnedFd)>,
     since: Instant,
+    /// What was wrong with its files first; it is not started then.
+    fault: Option<String>,
+}
+
+impl Generation {
+    fn new(number: u32) -> Self {
+        Self { number, files: Vec::new(), since: Instant::now(), fault: None }
+    }
+
+    fn add(&mut self, name: String, file: Option<OwnedFd>) {
+        let fault = match file {
+            None => format!("file {name} came without its descriptor"),
+            Some(_) if self.files.len() >= MAX_FILES => format!("it has more than {MAX_FILES} files"),
+            Some(_) if self.files.iter().any(|(n, _)| *n == name) => format!("file {name} came twice"),
+            Some(file) => return self.files.push((name, file)),
+        };
+        self.fault.get_or_insert(fault);
+    }
+}
+
+/// The requests for a compiler that wait for one, in the order asked.
+#[derive(Debug, Default)]
+struct Tickets(VecDeque<u32>);
+
+impl Tickets {
+    fn take(&mut self, ticket: u32) -> Result<(), String> {
+        if self.0.len() >= MAX_TICKETS {
+            return Err(format!("{MAX_TICKETS} requests wait for a compiler already"));
+        }
+        self.0.push_back(ticket);
+        Ok(())
+    }
+}
+
+/// The numbers of generations. None is used twice, not even by a control that does not know what the last one started:
+/// so whoever belongs to a number belongs to one attempt.
+#[derive(Debug, Default)]
+struct Numbers {
+    newest: u32,
+}
+
+impl Numbers {
+    fn take(&mut self, number: u32) -> Result<(), String> {
+        if number <= self.newest {
+            return Err(format!("no number is used twice, and {} was there already", self.newest));
+        }
+        self.newest = number;
+        Ok(())
+    }
 }
 
 /// The supervisor and everything it keeps.
@@ -159,6 +228,8 @@ pub struct Supervisor<M> {
     current: Option<Generation>,
     next: Option<Generation>,
     incoming: Option<Generation>,
+    numbers: Numbers,
+    tickets: Tickets,
     /// Last sign of life of any worker.
     last_beat: Instant,
     ending: Option<(End, Instant)>,
@@ -194,6 +265,8 @@ impl<M: Machine> Supervisor<M> {
             current: None,
             next: None,
             incoming: None,
+            numbers: Numbers::default(),
+            tickets: Tickets::default(),
             last_beat: now,
             ending: None,
             started: now,
@@ -206,24 +279,30 @@ impl<M: Machine> Supervisor<M> {
     /// Only if waiting for events itself fails.
     pub fn run(&mut self) -> Result<End, Error> {
         loop {
-            self.turn();
+            // What was said is heard before anyone's silence is judged, and by the time before that: however long this
+            // process was kept from running, nobody else is taken for silent because of it.
+            let heard = Instant::now();
+            self.read_channels();
+            self.read_signals();
+            self.turn(heard);
             if let Some((end, deadline)) = self.ending
                 && (self.children.is_empty() || Instant::now() > deadline + Duration::from_secs(2))
             {
                 return Ok(end);
             }
             self.wait()?;
-            self.read_signals();
-            self.read_channels();
         }
     }
 
     fn wait(&mut self) -> Result<(), Error> {
         let now = Instant::now();
         let mut timeout = TURN;
-        for seat in &self.seats {
-            if seat.not_before > now && !self.filled(seat) {
-                timeout = timeout.min(seat.not_before - now);
+        if self.machine.show() {
+            timeout = timeout.min(SHOWING_TURN);
+        }
+        if self.ending.is_none() {
+            for seat in self.seats.iter().filter(|s| !self.filled(s)) {
+                timeout = timeout.min(seat.not_before.saturating_duration_since(now));
             }
         }
         if self.seats.iter().any(|s| s.away_since.is_some()) || self.ending.is_some() {
@@ -249,8 +328,13 @@ impl<M: Machine> Supervisor<M> {
             }
         }
         if reap {
-            while let Some((pid, cause)) = next_ended() {
-                self.ended(pid, &cause);
+            // What an ended child said last is heard first, while the kernel keeps its number for it.
+            let pids: Vec<i32> = self.children.iter().map(|c| c.pid).filter(|pid| !is_alive(*pid)).collect();
+            for pid in pids {
+                self.hear(pid);
+            }
+            while let Some((pid, status)) = next_ended() {
+                self.ended(pid, &cause(status));
             }
         }
     }
@@ -259,33 +343,36 @@ impl<M: Machine> Supervisor<M> {
         // A child's position may change while its message is acted on, so they are found again by process id.
         let pids: Vec<i32> = self.children.iter().filter(|c| c.channel.is_some()).map(|c| c.pid).collect();
         for pid in pids {
-            // Bounded, so that a chatterer cannot keep the loop from turning.
-            for _ in 0..256 {
-                let Some(child) = self.children.iter().find(|c| c.pid == pid) else { break };
-                let Some(channel) = &child.channel else { break };
-                let outcome = match child.kind {
-                    Kind::Control => {
-                        wire::receive::<FromControl>(channel).map(|(message, fds)| self.hear_control(message, fds))
+            self.hear(pid);
+        }
+    }
+
+    fn hear(&mut self, pid: i32) {
+        let mut lines = 0;
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(child) = self.children.iter().find(|c| c.pid == pid) else { return };
+            let Some(channel) = &child.channel else { return };
+            let outcome = match child.kind {
+                Kind::Control => wire::receive::<FromControl>(channel).map(|(message, fds)| {
+                    lines += usize::from(matches!(message, FromControl::Say { .. }));
+                    self.hear_control(message, fds);
+                }),
+                Kind::Worker => wire::receive::<FromWorker>(channel).map(|(message, _)| self.hear_worker(pid, message)),
+                _ => Err(wire::Error::Closed),
+            };
+            match outcome {
+                Ok(()) if lines < LINES_PER_TURN => {}
+                Ok(()) | Err(wire::Error::WouldBlock) => return,
+                Err(e) => {
+                    // Both sides of a channel are of one build: who does not keep to the protocol is not itself any more.
+                    if !matches!(e, wire::Error::Closed) {
+                        self.kill(pid, &format!("spoke nonsense: {e}"));
                     }
-                    Kind::Worker => {
-                        wire::receive::<FromWorker>(channel).map(|(message, _)| self.hear_worker(pid, message))
+                    // Its end is told by the waiter; until then there is nothing more to read.
+                    if let Some(child) = self.child_mut(pid) {
+                        child.channel = None;
                     }
-                    _ => Err(wire::Error::Closed),
-                };
-                match outcome {
-                    Ok(()) => {}
-                    Err(wire::Error::WouldBlock) => break,
-                    Err(wire::Error::Closed) => {
-                        // Its end is told by the waiter; until then there is nothing more to read.
-                        if let Some(child) = self.child_mut(pid) {
-                            child.channel = None;
-                        }
-                        break;
-                    }
-                    Err(e) => {
-                        let name = self.children.iter().find(|c| c.pid == pid).map_or_else(String::new, Child::name);
-                        self.machine.say(&format!("{name}: message dropped: {e}"));
-                    }
+                    return;
                 }
             }
         }
@@ -300,28 +387,27 @@ impl<M: Machine> Supervisor<M> {
         }
         match message {
             FromControl::Beat => {}
-            FromControl::Hello => self.introduce(),
+            FromControl::Hello => {
+                self.incoming = None;
+                self.introduce();
+            }
             FromControl::Roles => self.list_roles(),
-            FromControl::Compile { ticket } => self.start_compiler(ticket),
-            FromControl::Say { line } => self.machine.say(&format!("control: {line}")),
+            FromControl::Compile { ticket } => self.queue_for_compiler(ticket),
+            FromControl::Say { line } => self.machine.say(&format!("control: {}", wire::one_line(&line))),
             FromControl::PowerOff => self.end(End::PowerOff),
             FromControl::Reboot => self.end(End::Reboot),
             FromControl::File { generation, name } => {
-                if self.incoming.as_ref().is_none_or(|g| g.number != generation) {
-                    self.incoming = Some(Generation { number: generation, files: Vec::new(), since: now });
-                }
-                if let (Some(incoming), Some(file)) = (&mut self.incoming, descriptors.into_iter().next())
-                    && incoming.files.len() < MAX_FILES
-                {
-                    incoming.files.push((name, file));
-                }
+                let incoming = self.incoming.take_if(|g| g.number == generation);
+                let incoming = self.incoming.insert(incoming.unwrap_or_else(|| Generation::new(generation)));
+                incoming.add(name, descriptors.into_iter().next());
             }
             FromControl::Start { generation } => self.start_generation(generation),
         }
     }
 
     fn introduce(&mut self) {
-        let machine = ToControl::Machine { workers: self.cores.workers.clone(), shared: self.cores.shared() };
+        let (workers, shared) = (self.cores.workers.clone(), self.cores.shared());
+        let machine = ToControl::Machine { workers, shared, newest: self.numbers.newest };
         self.tell_control(&machine, &[]);
         if let Some(current) = &self.current {
             let generation = current.number;
@@ -337,7 +423,7 @@ impl<M: Machine> Supervisor<M> {
     }
 
     fn introduce_worker(&self, child: &Child) {
-        if let (Some(core), Some((channel, statistics))) = (child.core, &child.shared) {
+        if let (Some(core), Some((channel, statistics))) = (child.number, &child.shared) {
             let message = ToControl::Worker { core, pid: child.pid, generation: child.generation };
             self.tell_control(&message, &[channel.as_fd(), statistics.as_fd()]);
         }
@@ -351,7 +437,7 @@ impl<M: Machine> Supervisor<M> {
         };
         role("init".into(), std::process::id().cast_signed(), 0, 0, millis(now - self.started), "up");
         for child in &self.children {
-            let restarts = self.seats.iter().find(|s| (s.kind, s.core) == (child.kind, child.core));
+            let restarts = self.seats.iter().find(|s| (s.kind, s.core) == (child.kind, child.number));
             let restarts = restarts.map_or(0, |s| s.restarts);
             let state = match child.phase {
                 Phase::Starting | Phase::Held => "starting",
@@ -368,41 +454,79 @@ impl<M: Machine> Supervisor<M> {
         self.tell_control(&ToControl::End, &[]);
     }
 
-    fn start_compiler(&mut self, ticket: u32) {
-        let refuse = |reason: String| ToControl::Refused { ticket, reason };
-        if self.children.iter().filter(|c| c.kind == Kind::Compile).count() >= MAX_COMPILERS {
-            self.tell_control(&refuse(format!("{MAX_COMPILERS} compilers are running already")), &[]);
-            return;
+    fn queue_for_compiler(&mut self, ticket: u32) {
+        let queued = match self.ending {
+            Some(_) => Err("the appliance is going down".to_owned()),
+            None => self.tickets.take(ticket),
+        };
+        match queued {
+            Ok(()) => self.start_compilers(),
+            Err(reason) => self.tell_control(&ToControl::Refused { ticket, reason }, &[]),
         }
-        match self.spawn(Kind::Compile, None, 0) {
-            Err(reason) => self.tell_control(&refuse(reason), &[]),
-            Ok(pid) => {
-                // Control alone speaks to a compiler, so its end does not stay here.
-                let channel = self.child_mut(pid).and_then(|c| c.channel.take());
-                if let Some(channel) = channel {
-                    self.tell_control(&ToControl::Compiler { ticket, pid }, &[channel.as_fd()]);
+    }
+
+    /// Gives those who wait a compiler each, while a slot is free.
+    fn start_compilers(&mut self) {
+        while let Some(slot) = self.free_slot()
+            && let Some(ticket) = self.tickets.0.pop_front()
+        {
+            match self.spawn(Kind::Compile, Some(slot), 0) {
+                Err(reason) => self.tell_control(&ToControl::Refused { ticket, reason }, &[]),
+                Ok(pid) => {
+                    // Control alone speaks to a compiler, so its end does not stay here.
+                    let channel = self.child_mut(pid).and_then(|c| c.channel.take());
+                    if let Some(channel) = channel {
+                        self.tell_control(&ToControl::Compiler { ticket, pid }, &[channel.as_fd()]);
+                    }
                 }
             }
         }
     }
 
+    fn free_slot(&self) -> Option<usize> {
+        let taken = |slot| self.children.iter().any(|c| c.kind == Kind::Compile && c.number == Some(slot));
+        (0..MAX_COMPILERS).find(|slot| !taken(*slot))
+    }
+
     fn start_generation(&mut self, number: u32) {
-        let failed = |reason: &str| ToControl::Failed { generation: number, reason: reason.to_owned() };
-        match self.incoming.take_if(|g| g.number == number) {
-            None => self.tell_control(&failed("none of its files have been handed over"), &[]),
-            Some(_) if self.next.is_some() => self.tell_control(&failed("another generation is just starting"), &[]),
-            Some(_) if self.ending.is_some() => self.tell_control(&failed("the appliance is going down"), &[]),
-            Some(mut generation) => {
-                generation.since = Instant::now();
-                self.next = Some(generation);
-                for core in self.cores.workers.clone() {
-                    if let Err(reason) = self.spawn(Kind::Worker, Some(core), number) {
-                        self.abandon_next(&reason);
-                        return;
-                    }
-                }
+        let generation = match self.may_start(number) {
+            Ok(generation) => generation,
+            Err(reason) => return self.tell_control(&ToControl::Failed { generation: number, reason }, &[]),
+        };
+        self.next = Some(Generation { since: Instant::now(), ..generation });
+        for core in self.cores.workers.clone() {
+            if let Err(reason) = self.spawn(Kind::Worker, Some(core), number) {
+                self.abandon_next(&reason);
+                return;
             }
         }
+    }
+
+    fn may_start(&mut self, number: u32) -> Result<Generation, String> {
+        let incoming = self.incoming.take_if(|g| g.number == number);
+        self.numbers.take(number)?;
+        if self.ending.is_some() {
+            return Err("the appliance is going down".into());
+        }
+        if let Some(next) = &self.next {
+            return Err(format!("generation {} is just starting", next.number));
+        }
+        let generation = incoming.ok_or("none of its files have been handed over")?;
+        match generation.fault {
+            Some(fault) => Err(fault),
+            None => Ok(generation),
+        }
+    }
+
+    /// Forgets what a control that has ended wanted: the next one cannot know of it.
+    fn forget_control(&mut self) {
+        self.incoming = None;
+        self.tickets.0.clear();
+        let pids: Vec<i32> = self.children.iter().filter(|c| c.kind == Kind::Compile).map(|c| c.pid).collect();
+        for pid in pids {
+            self.kill(pid, "control ended");
+        }
+        self.abandon_next("control ended while it started");
     }
 
     fn hear_worker(&mut self, pid: i32, message: FromWorker) {
@@ -415,7 +539,7 @@ impl<M: Machine> Supervisor<M> {
             child.phase = Phase::Held;
             if Some(child.generation) == serving {
                 child.phase = Phase::Up;
-                let (name, core, took) = (child.name(), child.core, now - child.since);
+                let (name, core, took) = (child.name(), child.number, now - child.since);
                 self.tell_worker(pid, ToWorker::Accept);
                 let away = self.seat_mut(Kind::Worker, core).and_then(|s| s.away_since.take());
                 let away = away.map_or(took, |since| now - since);
@@ -431,8 +555,11 @@ impl<M: Machine> Supervisor<M> {
     fn cut_over_when_ready(&mut self) {
         let Some(next) = &self.next else { return };
         let number = next.number;
-        let ready = |c: &&Child| c.kind == Kind::Worker && c.generation == number && c.phase == Phase::Held;
-        if self.children.iter().filter(ready).count() < self.cores.workers.len() {
+        // One that has ended since it said so is not ready: its end, which is told by the waiter, ends the attempt.
+        let ready =
+            |c: &&Child| c.kind == Kind::Worker && c.generation == number && c.phase == Phase::Held && is_alive(c.pid);
+        let fresh: Vec<i32> = self.children.iter().filter(ready).map(|c| c.pid).collect();
+        if fresh.len() < self.cores.workers.len() {
             return;
         }
         let took = next.since.elapsed();
@@ -441,7 +568,6 @@ impl<M: Machine> Supervisor<M> {
             self.drain(pid);
         }
         self.current = self.next.take();
-        let fresh: Vec<i32> = self.children.iter().filter(ready).map(|c| c.pid).collect();
         for pid in fresh {
             if let Some(child) = self.child_mut(pid) {
                 child.phase = Phase::Up;
@@ -470,6 +596,7 @@ impl<M: Machine> Supervisor<M> {
             .children
             .iter()
             .filter(|c| c.kind == Kind::Worker && c.generation == next.number)
+            .filter(|c| matches!(c.phase, Phase::Starting | Phase::Held))
             .map(|c| c.pid)
             .collect();
         for pid in pids {
@@ -497,7 +624,8 @@ impl<M: Machine> Supervisor<M> {
 
     // ── processes ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    fn spawn(&mut self, kind: Kind, core: Option<usize>, generation: u32) -> Result<i32, String> {
+    /// `number` is a worker's core or a compiler's slot.
+    fn spawn(&mut self, kind: Kind, number: Option<usize>, generation: u32) -> Result<i32, String> {
         let role = kind.role();
         let words = |step: &'static str| move |e: rustix::io::Errno| format!("{}: {step}: {e}", role.name);
         let (near, far) = wire::pair().map_err(words("socketpair"))?;
@@ -511,6 +639,13 @@ impl<M: Machine> Supervisor<M> {
             }
             _ => None,
         };
+        if kind == Kind::Worker {
+            for listener in self.listeners.iter().filter(|l| Some(l.core) == number) {
+                if let Err(e) = listen_again(listener) {
+                    self.machine.say(&format!("{} of core {}: listening again: {e}", listener.name, listener.core));
+                }
+            }
+        }
         let mut descriptors: Vec<(String, BorrowedFd<'_>)> = vec![];
         match kind {
             Kind::Control => descriptors.push(("init".into(), far.as_fd())),
@@ -525,8 +660,8 @@ impl<M: Machine> Supervisor<M> {
                 for (name, file) in files.into_iter().flat_map(|g| &g.files) {
                     descriptors.push((format!("file-{name}"), file.as_fd()));
                 }
-                let neighbour = core.and_then(|c| self.cores.stands_in_for(c));
-                for (whose, prefix) in [(core, "own"), (neighbour, "next")] {
+                let neighbour = number.and_then(|core| self.cores.stands_in_for(core));
+                for (whose, prefix) in [(number, "own"), (neighbour, "next")] {
                     for listener in self.listeners.iter().filter(|l| Some(l.core) == whose) {
                         descriptors.push((format!("{prefix}-{}", listener.name), listener.socket.as_fd()));
                     }
@@ -538,10 +673,10 @@ impl<M: Machine> Supervisor<M> {
         }
         descriptors.extend(self.machine.descriptors(role));
         let mut environment = self.machine.environment(role);
-        if let Some(core) = core {
-            let number = self.cores.workers.iter().position(|c| *c == core).unwrap_or(0);
+        if let (Kind::Worker, Some(core)) = (kind, number) {
+            let place = self.cores.workers.iter().position(|c| *c == core).unwrap_or(0);
             environment.push(("GAIA_CORE".into(), core.to_string()));
-            environment.push(("GAIA_WORKER".into(), number.to_string()));
+            environment.push(("GAIA_WORKER".into(), place.to_string()));
             environment.push(("GAIA_HOUSEKEEPING".into(), list(&self.cores.housekeeping)));
         }
         let command = Command {
@@ -550,13 +685,13 @@ impl<M: Machine> Supervisor<M> {
             environment,
             descriptors,
             stdio: self.machine.stdio(role),
-            confinement: self.machine.confinement(role, core),
+            confinement: self.machine.confinement(role, number),
         };
         let pid = command.start().map_err(|e| e.to_string())?;
         let now = Instant::now();
         self.children.push(Child {
             kind,
-            core,
+            number,
             pid,
             generation,
             phase: if kind == Kind::Worker { Phase::Starting } else { Phase::Up },
@@ -586,6 +721,11 @@ impl<M: Machine> Supervisor<M> {
         if self.ending.is_some() || child.phase == Phase::Draining {
             return;
         }
+        match child.kind {
+            Kind::Control => self.forget_control(),
+            Kind::Compile => self.start_compilers(),
+            _ => {}
+        }
         if child.kind == Kind::Worker && self.next.as_ref().is_some_and(|g| g.number == child.generation) {
             self.abandon_next(&format!("{name} (pid {pid}) {cause} before it was ready"));
             return;
@@ -596,7 +736,7 @@ impl<M: Machine> Supervisor<M> {
         if child.kind.role().restart == Restart::Always {
             let now = Instant::now();
             let lived = now - child.since;
-            let Some(seat) = self.seat_mut(child.kind, child.core) else { return };
+            let Some(seat) = self.seat_mut(child.kind, child.number) else { return };
             seat.restarts += 1;
             seat.failures = if lived >= SETTLED_AFTER { 1 } else { seat.failures + 1 };
             let wait = back_off(seat.failures);
@@ -610,7 +750,8 @@ impl<M: Machine> Supervisor<M> {
         }
     }
 
-    fn turn(&mut self) {
+    /// Does what is due. `heard` is a time before which everything that was said has been heard.
+    fn turn(&mut self, heard: Instant) {
         let now = Instant::now();
         if self.ending.is_some() {
             self.finish(now);
@@ -618,19 +759,19 @@ impl<M: Machine> Supervisor<M> {
         }
         self.fill_seats(now);
         self.lend_sockets(now);
-        self.find_silent(now);
-        if self.next.as_ref().is_some_and(|g| now - g.since > READY_WITHIN) {
+        if self.next.as_ref().is_some_and(|g| heard - g.since > READY_WITHIN) {
             self.abandon_next(&format!("not ready within {} s", READY_WITHIN.as_secs()));
         }
-        // Before the first generation there is no worker to beat; a runtime that never comes up is not hung.
-        if self.current.is_none() || now - self.last_beat < 4 * SILENT_FOR {
+        self.find_silent(heard);
+        let beat = self.current.as_ref().map(|_| heard - self.last_beat);
+        if is_well(beat, now - self.started) {
             self.machine.pet();
         }
     }
 
     fn filled(&self, seat: &Seat) -> bool {
         match seat.kind {
-            Kind::Worker => self.current.is_none() || self.serving_workers().any(|c| c.core == seat.core),
+            Kind::Worker => self.current.is_none() || self.serving_workers().any(|c| c.number == seat.core),
             kind => self.children.iter().any(|c| c.kind == kind),
         }
     }
@@ -661,11 +802,11 @@ impl<M: Machine> Supervisor<M> {
     fn lend_sockets(&mut self, now: Instant) {
         for core in self.cores.workers.clone() {
             let up = |c: &&Child| c.phase == Phase::Up;
-            let away = self.current.is_some() && !self.serving_workers().filter(up).any(|c| c.core == Some(core));
+            let away = self.current.is_some() && !self.serving_workers().filter(up).any(|c| c.number == Some(core));
             let long = self.seat(Kind::Worker, Some(core)).and_then(|s| s.away_since);
             let long = long.is_some_and(|since| now - since > STAND_IN_AFTER);
             let Some(by) = self.cores.stand_in(core) else { continue };
-            let Some(other) = self.serving_workers().filter(up).find(|c| c.core == Some(by)) else { continue };
+            let Some(other) = self.serving_workers().filter(up).find(|c| c.number == Some(by)) else { continue };
             let (pid, lent) = (other.pid, other.stands_in);
             let (message, what) = match (away, lent) {
                 (true, false) if long => (ToWorker::Adopt, "accepts on the sockets of"),
@@ -680,15 +821,12 @@ impl<M: Machine> Supervisor<M> {
         }
     }
 
-    fn find_silent(&mut self, now: Instant) {
-        let silent = |c: &&Child| match (c.kind, c.phase) {
-            (Kind::Worker, Phase::Draining) => now - c.since > DRAINED_WITHIN,
-            (Kind::Worker | Kind::Control, _) => now - c.last_beat > SILENT_FOR,
-            _ => false,
-        };
-        let pids: Vec<i32> = self.children.iter().filter(silent).map(|c| c.pid).collect();
-        for pid in pids {
-            self.kill(pid, "silent for too long");
+    fn find_silent(&mut self, heard: Instant) {
+        let overdue =
+            |c: &Child| overdue(c.kind, c.phase, heard - c.since, heard - c.last_beat).map(|why| (c.pid, why));
+        let pids: Vec<(i32, &str)> = self.children.iter().filter_map(overdue).collect();
+        for (pid, why) in pids {
+            self.kill(pid, why);
         }
     }
 
@@ -708,6 +846,7 @@ impl<M: Machine> Supervisor<M> {
             return;
         }
         self.ending = Some((end, Instant::now() + END_WITHIN));
+        self.tickets.0.clear();
         self.machine.say(match end {
             End::PowerOff => "going down: power off",
             End::Reboot => "going down: reboot",
@@ -741,15 +880,16 @@ impl<M: Machine> Supervisor<M> {
     fn tell_control(&self, message: &impl Message, descriptors: &[BorrowedFd<'_>]) {
         let Some(control) = self.children.iter().find(|c| c.kind == Kind::Control) else { return };
         let Some(channel) = &control.channel else { return };
-        if let Err(wire::Error::WouldBlock) = wire::send(channel, message, descriptors) {
-            // It does not read. A new one will ask for everything again, so nothing is lost by this.
+        if let Err(wire::Error::WouldBlock | wire::Error::Kernel(_)) = wire::send(channel, message, descriptors) {
+            // It does not read, or the kernel carries no more. A new one will ask for everything again, so nothing is
+            // lost by this.
             signal(control.pid, Signal::KILL);
         }
     }
 
     fn tell_worker(&self, pid: i32, message: ToWorker) {
         if let Some(channel) = self.children.iter().find(|c| c.pid == pid).and_then(|c| c.channel.as_ref())
-            && let Err(wire::Error::WouldBlock) = wire::send(channel, &message, &[])
+            && let Err(wire::Error::WouldBlock | wire::Error::Kernel(_)) = wire::send(channel, &message, &[])
         {
             signal(pid, Signal::KILL);
         }
@@ -777,6 +917,22 @@ fn back_off(failures: u32) -> Duration {
     }
 }
 
+/// Why a process of this kind and phase, started so long ago and heard of last so long ago, is to be killed, if it is.
+fn overdue(kind: Kind, phase: Phase, age: Duration, silence: Duration) -> Option<&'static str> {
+    match (kind, phase) {
+        (Kind::Worker, Phase::Draining) => (age > DRAINED_WITHIN).then_some("still draining"),
+        // What it does meanwhile it does in one piece, so it does not beat.
+        (Kind::Worker, Phase::Starting | Phase::Held) => (age > READY_WITHIN).then_some("not ready in time"),
+        (Kind::Worker | Kind::Control, _) => (silence > SILENT_FOR).then_some("silent for too long"),
+        _ => None,
+    }
+}
+
+/// Whether the watchdog may be petted. `beat` is the time since any worker was heard of, if a generation serves.
+fn is_well(beat: Option<Duration>, up: Duration) -> bool {
+    beat.map_or(up < FIRST_GENERATION_WITHIN, |silence| silence < 4 * SILENT_FOR)
+}
+
 fn timeout_spec(d: Duration) -> Timespec {
     Timespec { tv_sec: i64::try_from(d.as_secs()).unwrap_or(i64::MAX), tv_nsec: d.subsec_nanos().into() }
 }
@@ -789,15 +945,32 @@ fn signal(pid: i32, signal: Signal) {
 }
 
 /// Takes one ended child from the kernel, if there is one. The only place that waits.
-fn next_ended() -> Option<(i32, String)> {
+fn next_ended() -> Option<(i32, WaitStatus)> {
     loop {
-        return match nix::sys::wait::waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(pid, status)) => Some((pid.as_raw(), format!("exited with status {status}"))),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => Some((pid.as_raw(), format!("was killed by {signal}"))),
-            Ok(WaitStatus::StillAlive) | Err(_) => None,
-            Ok(_) => continue,
+        return match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some((pid, status))) if status.exited() || status.signaled() => Some((pid.as_raw_pid(), status)),
+            Ok(Some(_)) | Err(rustix::io::Errno::INTR) => continue,
+            Ok(None) | Err(_) => None,
         };
     }
+}
+
+/// How a process ended, in words. By number where a signal has no name: the real-time signals have none.
+fn cause(status: WaitStatus) -> String {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => format!("exited with status {code}"),
+        (_, Some(number)) => match NixSignal::try_from(number) {
+            Ok(signal) => format!("was killed by {signal}"),
+            Err(_) => format!("was killed by signal {number}"),
+        },
+        _ => format!("ended with wait status {:#x}", status.as_raw()),
+    }
+}
+
+/// Whether a child has not ended, also when its end has not been waited for yet.
+fn is_alive(pid: i32) -> bool {
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    Pid::from_raw(pid).is_some_and(|pid| matches!(rustix::process::waitid(WaitId::Pid(pid), look), Ok(None)))
 }
 
 /// Shared memory of a fixed size that neither side can shrink or grow.
@@ -826,5 +999,229 @@ mod tests {
         let fd = statistics().unwrap();
         assert!(rustix::fs::ftruncate(&fd, 0).is_err());
         assert_eq!(rustix::fs::fstat(&fd).unwrap().st_size.cast_unsigned(), STATISTICS_BYTES);
+    }
+
+    #[test]
+    fn requests_for_a_compiler_wait_in_order_and_are_bounded() {
+        let mut tickets = Tickets::default();
+        for ticket in 0..64 {
+            tickets.take(ticket).unwrap();
+        }
+        assert!(tickets.take(64).unwrap_err().contains("64 requests"));
+        assert_eq!(tickets.0.pop_front(), Some(0));
+        tickets.take(64).unwrap();
+        assert_eq!(tickets.0.pop_back(), Some(64));
+    }
+
+    #[test]
+    fn no_number_of_a_generation_is_used_twice() {
+        let mut numbers = Numbers::default();
+        assert!(numbers.take(0).is_err(), "0 means none");
+        numbers.take(1).unwrap();
+        numbers.take(7).unwrap();
+        for old in [0, 1, 5, 7] {
+            assert!(numbers.take(old).unwrap_err().contains('7'));
+        }
+        numbers.take(8).unwrap();
+    }
+
+    #[test]
+    fn a_generation_remembers_what_was_wrong_first() {
+        let null = || Some(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
+        let mut generation = Generation::new(1);
+        for n in 0..MAX_FILES {
+            generation
+                .add(format!("artefact-{n}"), if n == 0 { null() } else { generation.files[0].1.try_clone().ok() });
+        }
+        assert_eq!(generation.fault, None);
+        generation.add("plan".into(), null());
+        generation.add("artefact-0".into(), null());
+        assert_eq!((generation.files.len(), generation.fault.as_deref()), (1792, Some("it has more than 1792 files")));
+        let mut twice = Generation::new(2);
+        twice.add("plan".into(), null());
+        twice.add("plan".into(), null());
+        assert_eq!(twice.fault.as_deref(), Some("file plan came twice"));
+        let mut bare = Generation::new(3);
+        bare.add("plan".into(), None);
+        assert_eq!(bare.fault.as_deref(), Some("file plan came without its descriptor"));
+    }
+
+    #[test]
+    fn only_those_who_beat_are_judged_by_their_beat() {
+        let s = Duration::from_secs;
+        assert_eq!(overdue(Kind::Worker, Phase::Starting, s(59), s(59)), None, "it has a minute to get ready");
+        assert!(overdue(Kind::Worker, Phase::Held, s(61), s(0)).is_some());
+        assert_eq!(overdue(Kind::Worker, Phase::Up, s(1000), s(30)), None);
+        assert!(overdue(Kind::Worker, Phase::Up, s(1000), s(31)).is_some());
+        assert!(overdue(Kind::Control, Phase::Up, s(1000), s(31)).is_some());
+        assert_eq!(overdue(Kind::Console, Phase::Up, s(1000), s(1000)), None);
+        assert_eq!(overdue(Kind::Worker, Phase::Draining, s(330), s(330)), None);
+    }
+
+    #[test]
+    fn the_watchdog_is_petted_by_beats_and_for_ten_minutes_without_a_generation() {
+        let s = Duration::from_secs;
+        assert!(is_well(None, s(599)) && !is_well(None, s(600)));
+        assert!(is_well(Some(s(119)), s(100_000)) && !is_well(Some(s(120)), s(10)));
+    }
+
+    #[test]
+    #[expect(
+        clippy::zombie_processes,
+        reason = "it is waited for by its number, for the status as the kernel gives it"
+    )]
+    fn an_end_by_a_signal_without_a_name_is_noticed_and_told() {
+        for (script, words) in [
+            ("exit 3", "exited with status 3"),
+            ("kill -9 $$", "was killed by SIGKILL"),
+            ("kill -40 $$", "was killed by signal 40"),
+        ] {
+            let child = std::process::Command::new("sh").args(["-c", script]).spawn().unwrap();
+            let pid = child.id().cast_signed();
+            let (_, status) = rustix::process::waitpid(Pid::from_raw(pid), WaitOptions::empty()).unwrap().unwrap();
+            assert_eq!(cause(status), words);
+            assert!(!is_alive(pid));
+        }
+    }
+
+    #[test]
+    fn a_child_that_has_ended_is_not_alive_before_it_is_waited_for() {
+        let mut child = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = child.id().cast_signed();
+        assert!(is_alive(pid));
+        drop(child.stdin.take());
+        let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        rustix::process::waitid(WaitId::Pid(Pid::from_raw(pid).unwrap()), ended).unwrap();
+        assert!(!is_alive(pid));
+        assert!(child.wait().unwrap().success());
+    }
+
+    /// A machine that only remembers what was said.
+    struct Recorder {
+        said: Vec<String>,
+        null: OwnedFd,
+    }
+
+    impl Machine for Recorder {
+        fn say(&mut self, line: &str) {
+            self.said.push(line.to_owned());
+        }
+        fn show(&mut self) -> bool {
+            false
+        }
+        fn confinement(&self, _: &Role, _: Option<usize>) -> Confinement<'_> {
+            Confinement::default()
+        }
+        fn stdio(&self, _: &Role) -> [BorrowedFd<'_>; 3] {
+            [self.null.as_fd(); 3]
+        }
+        fn descriptors(&self, _: &Role) -> Vec<(String, BorrowedFd<'_>)> {
+            Vec::new()
+        }
+        fn environment(&self, _: &Role) -> Vec<(String, String)> {
+            Vec::new()
+        }
+        fn pet(&mut self) {}
+    }
+
+    /// A supervisor without seats that takes a process of this test for one of its children, and its channel's far end.
+    fn supervising(kind: Kind) -> (Supervisor<Recorder>, std::process::Child, OwnedFd) {
+        let null = std::fs::File::open("/dev/null").unwrap().into();
+        let cores = Cores { housekeeping: vec![0], workers: vec![] };
+        let mut supervisor = Supervisor::new(Recorder { said: Vec::new(), null }, cores, Vec::new(), &[]).unwrap();
+        let process = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let (near, far) = wire::pair().unwrap();
+        rustix::io::ioctl_fionbio(&near, true).unwrap();
+        rustix::io::ioctl_fionbio(&far, true).unwrap();
+        let now = Instant::now();
+        supervisor.children.push(Child {
+            kind,
+            number: None,
+            pid: process.id().cast_signed(),
+            generation: 0,
+            phase: Phase::Up,
+            since: now,
+            last_beat: now,
+            channel: Some(near),
+            shared: None,
+            stands_in: false,
+            killed: false,
+        });
+        (supervisor, process, far)
+    }
+
+    #[test]
+    fn one_word_of_nonsense_ends_its_speaker_and_nothing_more_is_heard_of_it() {
+        for kind in [Kind::Control, Kind::Worker] {
+            let (mut supervisor, mut process, far) = supervising(kind);
+            for _ in 0..100 {
+                rustix::net::send(&far, b"\x00nonsense", rustix::net::SendFlags::empty()).unwrap();
+            }
+            wire::send(&far, &FromControl::Reboot, &[]).unwrap();
+            supervisor.read_channels();
+            supervisor.read_channels();
+            let [line] = supervisor.machine.said.as_slice() else { panic!("{:?}", supervisor.machine.said) };
+            assert!(line.contains("is killed: spoke nonsense: not a message"), "{line}");
+            assert!(supervisor.ending.is_none());
+            let status = std::os::unix::process::ExitStatusExt::signal(&process.wait().unwrap());
+            assert_eq!(status, Some(9));
+        }
+    }
+
+    #[test]
+    fn lines_for_the_console_are_taken_a_few_in_a_turn_and_none_is_lost() {
+        let (mut supervisor, mut process, far) = supervising(Kind::Control);
+        for n in 0..100 {
+            wire::send(&far, &FromControl::Say { line: format!("line {n}") }, &[]).unwrap();
+        }
+        rustix::net::send(&far, b"say \x1b[2Jgone\nfaked", rustix::net::SendFlags::empty()).unwrap();
+        supervisor.read_channels();
+        assert_eq!(supervisor.machine.said.len(), LINES_PER_TURN);
+        supervisor.read_channels();
+        assert_eq!(supervisor.machine.said.len(), 101);
+        assert_eq!(supervisor.machine.said[100], "control:  [2Jgone faked");
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+
+    #[test]
+    fn a_generation_starts_once_and_what_a_dead_control_wanted_is_forgotten() {
+        let (mut supervisor, mut process, far) = supervising(Kind::Control);
+        let mut answers = |message: &FromControl| {
+            let null = std::fs::File::open("/dev/null").unwrap();
+            let files = if matches!(message, FromControl::File { .. }) { &[null.as_fd()][..] } else { &[] };
+            wire::send(&far, message, files).unwrap();
+            supervisor.read_channels();
+            let mut text = [0; wire::MAX_MESSAGE];
+            let next = || {
+                let (length, _) = rustix::net::recv(&far, &mut text, rustix::net::RecvFlags::empty()).ok()?;
+                Some(String::from_utf8_lossy(&text[..length]).into_owned())
+            };
+            std::iter::from_fn(next).collect::<Vec<_>>()
+        };
+        let plan = |generation| FromControl::File { generation, name: "plan".into() };
+        let start = |generation| FromControl::Start { generation };
+        assert!(answers(&start(1))[0].starts_with("failed 1 none of its files"));
+        answers(&plan(1));
+        assert!(answers(&start(1))[0].starts_with("failed 1 no number is used twice"));
+        answers(&plan(2));
+        let hello = answers(&FromControl::Hello);
+        assert!(hello[0].starts_with("machine ") && hello[0].ends_with(" 1") && hello[1] == "end", "{hello:?}");
+        answers(&plan(2));
+        assert!(
+            answers(&start(2)).is_empty(),
+            "it starts; the plan from before the hello would have been a second one"
+        );
+        answers(&plan(3));
+        assert!(answers(&start(3))[0].starts_with("failed 3 generation 2 is just starting"));
+        answers(&plan(4));
+
+        supervisor.tickets.take(1).unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+        supervisor.ended(process.id().cast_signed(), "was killed");
+        assert!(supervisor.next.is_none() && supervisor.incoming.is_none() && supervisor.tickets.0.is_empty());
+        assert_eq!(supervisor.numbers.newest, 3);
+        assert!(supervisor.machine.said.iter().any(|l| l.contains("control ended while it started")));
     }
 }

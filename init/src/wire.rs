@@ -2,7 +2,7 @@
 //! descriptors beside it where a message says so.
 //!
 //! Text, because a person who debugs PID 1 reads it; packets, because a message then arrives whole or not at all.
-//! A message that does not parse is reported and dropped by the supervisor: nothing a role sends can end it.
+//! Nothing a role sends can end the supervisor, and a role that sends what does not parse is ended by it.
 
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
@@ -26,14 +26,15 @@ pub const MAX_NAME: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FromControl {
     /// Asks what is there: answered by [`ToControl::Machine`], then the running generation's files and workers, then
-    /// [`ToControl::End`].
+    /// [`ToControl::End`]. Files that were handed over for a generation before are forgotten.
     Hello,
-    /// Asks for a compiler: answered by [`ToControl::Compiler`] or [`ToControl::Refused`].
+    /// Asks for a compiler: answered by [`ToControl::Compiler`], when one of the places is free, or [`ToControl::Refused`].
     Compile {
         /// Chosen by control, repeated in the answer.
         ticket: u32,
     },
-    /// One descriptor beside it: a file that each worker of the generation gets under this name.
+    /// One descriptor beside it: a file that each worker of the generation gets under this name. It is one open file with
+    /// one offset for all of them, so it is to be read by position or mapped.
     File {
         /// The generation it belongs to.
         generation: u32,
@@ -42,7 +43,7 @@ pub enum FromControl {
     },
     /// Starts the generation: one worker per worker core, all ready before the old ones stop accepting.
     Start {
-        /// Which.
+        /// Which. Its number is larger than that of any that was ever to be started: no number is used twice.
         generation: u32,
     },
     /// Asks for all roles: answered by one [`ToControl::Role`] each and [`ToControl::End`].
@@ -69,6 +70,8 @@ pub enum ToControl {
         workers: Vec<usize>,
         /// Whether they share with housekeeping.
         shared: bool,
+        /// The largest number of a generation that was ever to be started, 0 before the first; the next is larger.
+        newest: u32,
     },
     /// The generation that serves; its files and workers follow.
     Generation {
@@ -138,7 +141,7 @@ pub enum ToControl {
         restarts: u32,
         /// Milliseconds since it was started, or until it will be started again when it is not running.
         millis: u64,
-        /// `up`, `starting`, `draining`, `waiting`.
+        /// `up`, `starting`, `standing-in`, `draining`, `waiting`.
         state: String,
     },
     /// The list is complete.
@@ -218,7 +221,7 @@ fn parse<'a, T>(text: &'a str, read: impl FnOnce(&str, &mut Words<'a>) -> Option
 }
 
 /// Reasons travel at the end of a line: no line breaks, and not so long that the message would not fit.
-fn one_line(reason: &str) -> String {
+pub(crate) fn one_line(reason: &str) -> String {
     reason.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_MESSAGE / 5).collect()
 }
 
@@ -268,6 +271,7 @@ impl Message for ToControl {
                         _ => return None,
                     },
                     workers: crate::cores::parse_list(w.word()?)?,
+                    newest: w.number()?,
                 },
                 "generation" => Self::Generation { generation: w.number()? },
                 "file" => Self::File { generation: w.number()?, name: w.name()? },
@@ -295,8 +299,9 @@ impl Message for ToControl {
 impl fmt::Display for ToControl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Machine { workers, shared } => {
-                write!(f, "machine {} {}", if *shared { "shared" } else { "apart" }, crate::cores::list(workers))
+            Self::Machine { workers, shared, newest } => {
+                let how = if *shared { "shared" } else { "apart" };
+                write!(f, "machine {how} {} {newest}", crate::cores::list(workers))
             }
             Self::Generation { generation } => write!(f, "generation {generation}"),
             Self::File { generation, name } => write!(f, "file {generation} {name}"),
@@ -469,7 +474,7 @@ mod tests {
             survives(&m);
         }
         for m in [
-            T::Machine { workers: vec![1, 2], shared: false },
+            T::Machine { workers: vec![1, 2], shared: false, newest: 3 },
             T::Generation { generation: 1 },
             T::File { generation: 1, name: "plan".into() },
             T::Worker { core: 3, pid: 77, generation: 1 },

@@ -103,6 +103,19 @@ fn without_a_graph_it_is_up_and_answers_404() {
     appliance.power_off().unwrap();
 }
 
+/// Would miss: an appliance that serves with roles that nothing confines.
+#[test]
+fn what_cannot_confine_its_roles_does_not_serve() {
+    let machine = MachineBuilder::new(out("bzImage")).initrd(out("initramfs.zst")).append(gaia_image::COMMAND_LINE);
+    let machine = machine.append("cgroup_disable=memory").append("gaia.on_failure=poweroff");
+    let machine = Machine::boot(&machine).unwrap();
+    let line = machine.console().wait_for_line("ms  cgroups", BOOT_WITHIN).unwrap().to_string();
+    assert!(line.contains("FAILED"), "{line}");
+    machine.console().wait_for("cannot go on: cgroups: ", ANSWER_WITHIN).unwrap();
+    assert!(machine.wait_exit(ANSWER_WITHIN).unwrap().success());
+    assert!(!machine.console().transcript().contains("serving"));
+}
+
 /// Would miss: a PID 1 that cannot go on and hangs, on a device that nobody is near.
 #[test]
 fn an_init_that_cannot_go_on_says_why_and_reboots() {

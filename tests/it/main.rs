@@ -7,4 +7,5 @@ mod boot;
 mod image;
 mod memory;
 mod requests;
+mod supervision;
 mod workers;

@@ -8,7 +8,9 @@
 //!    └─ core-N (threaded)  the rest of the worker on core N, in a partition of its own where cores are not shared
 //! ```
 //!
-//! Threads of one process sit in two cpusets, so `workers` is a threaded domain; the memory controller stops above it.
+//! Threads of one process sit in two cpusets, so `workers` is a threaded domain, and memory is bounded for it as a whole.
+//! The bounds of `system` and `workers` together are more than there is: each is what its part may never take from the
+//! other, not what it is expected to need.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -19,6 +21,22 @@ use rustix::fs::{Mode, OFlags};
 use crate::report::Failure;
 
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// Processes and threads of control, compilers and the console: a dozen in use, and room for a pool of threads.
+const SYSTEM_PIDS: usize = 256;
+/// Threads of workers for each worker core: two in each worker, and sixteen generations, of which all but one drain.
+const WORKER_PIDS: usize = 32;
+
+/// What `system` and `workers` may take of a machine with so many bytes of memory.
+///
+/// `system`: half. Two compilers, whose need grows with the component, and the artefacts of all generations, which are
+/// counted where they were written; a machine twice as large has twice as many.
+/// `workers`: all but a sixteenth and 64 MiB, which is what the idle appliance takes, for the kernel and for `system`:
+/// whatever branes do, control and the console stay able to say so.
+fn memory_bounds(total: u64) -> (u64, u64) {
+    let half = total / 2;
+    (half, total.saturating_sub(total / 16 + (64 << 20)).max(half))
+}
 
 /// Open membership files: writing "0" moves the writer. The kernel checks who opened the file, not who writes.
 pub(crate) struct Groups {
@@ -34,7 +52,7 @@ pub(crate) struct Groups {
 
 impl Groups {
     /// Makes the tree and says what the kernel made of it.
-    pub(crate) fn make(cores: &Cores) -> Result<(Self, String), Failure> {
+    pub(crate) fn make(cores: &Cores, memory: u64) -> Result<(Self, String), Failure> {
         let home = list(&cores.housekeeping);
         put("cgroup.subtree_control", "+cpuset +cpu +memory +pids")?;
         make("system")?;
@@ -48,6 +66,11 @@ impl Groups {
             put(&format!("workers/core-{core}/cgroup.type"), "threaded")?;
         }
         put("workers/cgroup.subtree_control", "+cpuset +cpu")?;
+        let (system, workers) = memory_bounds(memory);
+        put("system/memory.max", &system.to_string())?;
+        put("system/pids.max", &SYSTEM_PIDS.to_string())?;
+        put("workers/memory.max", &workers.to_string())?;
+        put("workers/pids.max", &(cores.workers.len() * WORKER_PIDS).to_string())?;
         put("workers/tick/cpuset.cpus", &home)?;
         for core in &cores.workers {
             put(&format!("workers/core-{core}/cpuset.cpus"), &core.to_string())?;
@@ -79,6 +102,7 @@ impl Groups {
         };
         let said =
             if partitions.is_empty() { "no partitions: every core shares".into() } else { partitions.join(", ") };
+        let said = format!("{said}; at most {} MiB for system, {} MiB for workers", system >> 20, workers >> 20);
         Ok((groups, said))
     }
 }
@@ -94,4 +118,20 @@ fn put(file: &str, text: &str) -> Result<(), String> {
 fn open(file: &str) -> Result<OwnedFd, Failure> {
     rustix::fs::open(format!("{ROOT}/{file}"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| format!("{file}: {e}").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::memory_bounds;
+
+    #[test]
+    fn both_parts_have_bounds_that_leave_something_and_none_is_nothing() {
+        let mib = |total: u64| {
+            let (system, workers) = memory_bounds(total << 20);
+            (system >> 20, workers >> 20)
+        };
+        assert_eq!(mib(512), (256, 416));
+        assert_eq!(mib(16_384), (8192, 15_296));
+        assert_eq!(mib(64), (32, 32));
+    }
 }

@@ -75,10 +75,17 @@ const SYSCTLS: &[(&str, &str)] = &[
     ("fs/suid_dumpable", "0"),
     // The appliance answers; it does not route, and it does not believe strangers about routes.
     ("net/ipv4/conf/all/rp_filter", "1"),
-    ("net/ipv4/conf/all/accept_redirects", "0"),
     ("net/ipv4/conf/all/accept_source_route", "0"),
-    ("net/ipv6/conf/all/accept_redirects", "0"),
-    ("net/ipv6/conf/default/accept_ra", "0"),
+];
+
+/// Settings that the kernel takes from each interface's own entry, whatever `all` says (Linux,
+/// Documentation/networking/ip-sysctl.rst): they are written to every entry, `default` for later interfaces among them,
+/// before any interface is up.
+const EACH_INTERFACE: &[(&str, &str, &str)] = &[
+    ("ipv4", "accept_redirects", "0"),
+    ("ipv6", "accept_redirects", "0"),
+    ("ipv6", "accept_ra", "0"),
+    ("ipv6", "autoconf", "0"),
 ];
 
 /// Writes all settings. One that this kernel does not have is named and skipped.
@@ -87,6 +94,21 @@ pub(crate) fn set_all(settings: &Settings) -> Result<String, Failure> {
     for (name, value) in SYSCTLS {
         if let Err(e) = fs::write(format!("/proc/sys/{name}"), value) {
             let _ = write!(missing, "; {name}: {e}");
+        }
+    }
+    for (family, name, value) in EACH_INTERFACE {
+        let root = format!("/proc/sys/net/{family}/conf");
+        let entries = match fs::read_dir(&root) {
+            Ok(entries) => entries,
+            Err(e) => {
+                let _ = write!(missing, "; {root}: {e}");
+                continue;
+            }
+        };
+        for entry in entries.flatten() {
+            if let Err(e) = fs::write(entry.path().join(name), value) {
+                let _ = write!(missing, "; {}/{name}: {e}", entry.path().display());
+            }
         }
     }
     let pages = settings.workers.huge_pages.word();
@@ -105,11 +127,12 @@ pub(crate) fn set_all(settings: &Settings) -> Result<String, Failure> {
     // Ctrl-Alt-Del is a request to init, not an instant reset.
     nix::sys::reboot::set_cad_enabled(false)?;
     raise_own_limits()?;
-    Ok(format!("{} sysctls, huge pages {pages}, {reserve} KiB kept free{missing}", SYSCTLS.len()))
+    let count = SYSCTLS.len() + EACH_INTERFACE.len();
+    Ok(format!("{count} sysctls, huge pages {pages}, {reserve} KiB kept free{missing}"))
 }
 
 /// The machine's memory as the kernel counts it, in KiB.
-fn total_kib() -> u64 {
+pub(crate) fn total_kib() -> u64 {
     let info = rustix::system::sysinfo();
     info.totalram * u64::from(info.mem_unit) / 1024
 }

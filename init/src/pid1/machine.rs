@@ -22,13 +22,14 @@ const API: &str = "/run/control.sock";
 /// The machine and what init holds of it.
 pub(crate) struct Appliance {
     report: Report,
-    groups: Option<Groups>,
+    groups: Groups,
     api: Option<OwnedFd>,
     watchdog: Option<Watchdog>,
     terminal: Option<OwnedFd>,
     seed: Option<OwnedFd>,
     null: OwnedFd,
-    /// Where roles without a terminal write: the kernel's log, which never blocks the writer.
+    /// Where roles without a terminal write: the kernel's log. One open file for all of them, so a limit for each open
+    /// file would be one for all: the command line has `printk.devkmsg=on`, and each role limits itself.
     words: OwnedFd,
     console_mode: &'static str,
 }
@@ -37,7 +38,7 @@ impl Appliance {
     pub(crate) fn new(
         report: Report,
         settings: &Settings,
-        groups: Option<Groups>,
+        groups: Groups,
         api: Option<OwnedFd>,
         watchdog: Option<Watchdog>,
         terminal: Option<OwnedFd>,
@@ -51,26 +52,35 @@ impl Appliance {
     }
 }
 
+impl Appliance {
+    /// Shows what is left to be shown, before the machine ends.
+    pub(crate) fn finish(&mut self) {
+        self.report.finish();
+    }
+}
+
 impl Machine for Appliance {
     fn say(&mut self, line: &str) {
         self.report.say(line);
     }
 
-    fn confinement(&self, role: &Role, core: Option<usize>) -> Confinement<'_> {
+    fn show(&mut self) -> bool {
+        self.report.show()
+    }
+
+    fn confinement(&self, role: &Role, number: Option<usize>) -> Confinement<'_> {
         let mut limits = vec![(Resource::Nofile, role.max_files), (Resource::Core, 0)];
         limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
         limits.extend(role.max_memory.map(|bytes| (Resource::As, bytes)));
-        let mut cgroups = Vec::new();
-        if let Some(groups) = &self.groups {
-            match role.place {
-                Place::Housekeeping => cgroups.push(groups.system.as_fd()),
-                Place::OwnCore => {
-                    cgroups.push(groups.workers.as_fd());
-                    cgroups.extend(groups.cores.iter().find(|(c, _)| Some(*c) == core).map(|(_, fd)| fd.as_fd()));
-                }
+        let (core, cgroups) = match role.place {
+            Place::Housekeeping => (None, vec![self.groups.system.as_fd()]),
+            Place::OwnCore => {
+                let own = self.groups.cores.iter().filter(|(core, _)| Some(*core) == number);
+                let own = own.map(|(_, fd)| fd.as_fd());
+                (number, std::iter::once(self.groups.workers.as_fd()).chain(own).collect())
             }
-        }
-        Confinement { user: role.user, core, cgroups, limits, terminal: role.terminal }
+        };
+        Confinement { user: role.user.id(number), core, cgroups, limits }
     }
 
     fn stdio(&self, role: &Role) -> [BorrowedFd<'_>; 3] {
@@ -88,7 +98,7 @@ impl Machine for Appliance {
                 add("api", self.api.as_ref());
                 add("seed", self.seed.as_ref());
             }
-            Kind::Worker => add("tick", self.groups.as_ref().map(|g| &g.tick)),
+            Kind::Worker => add("tick", Some(&self.groups.tick)),
             _ => {}
         }
         all
@@ -129,7 +139,7 @@ pub(crate) fn api_socket() -> Result<(OwnedFd, String), Failure> {
 }
 
 /// Opens the terminal of the prompt and sets it so that nobody at the line can stall the appliance: no flow control by
-/// characters (a ^S would stop every writer), no hang-up when the carrier goes.
+/// characters or lines (a ^S or a missing CTS would stop every writer), no hang-up when the carrier goes.
 pub(crate) fn terminal(parameters: &Parameters) -> Result<(OwnedFd, String), Failure> {
     let name = match &parameters.console {
         Some(name) => name.clone(),
@@ -150,6 +160,7 @@ pub(crate) fn terminal(parameters: &Parameters) -> Result<(OwnedFd, String), Fai
     let mut mode = rustix::termios::tcgetattr(&port).map_err(|e| format!("{path} is no terminal: {e}"))?;
     mode.input_modes -= InputModes::IXON | InputModes::IXOFF;
     mode.control_modes |= ControlModes::CLOCAL;
+    mode.control_modes -= ControlModes::CRTSCTS;
     mode.local_modes -= LocalModes::ISIG;
     rustix::termios::tcsetattr(&port, OptionalActions::Now, &mode)?;
     Ok((port, path))

@@ -4,7 +4,8 @@
 //! runs one thread, has no async runtime, and after the boot report it is [`gaia_init::supervise`]'s loop until the
 //! end. Called by the kernel, ended by the kernel. Each step of the boot prints one line with its milliseconds and
 //! what it achieved; a step that fails says so and the boot goes on with what there is, because a device that
-//! answers "no network: …" on its console can be mended, and one that stops cannot.
+//! answers "no network: …" on its console can be mended, and one that stops cannot. Only what confines the roles is
+//! needed whole: without cgroups, or with a file system that could still be changed, nothing is served.
 //!
 //! What it reads that others wrote is listed in the library's top comment.
 
@@ -22,6 +23,7 @@ use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 use gaia_init::cores::Cores;
+use gaia_init::listeners::{Listener, Opened};
 use gaia_init::roles::Kind;
 use gaia_init::settings::{ConsoleMode, Settings};
 use gaia_init::supervise::Supervisor;
@@ -39,7 +41,7 @@ fn main() -> ExitCode {
         eprintln!("gaia-init is PID 1 of the appliance; on a workstation use `make run`.");
         return ExitCode::from(64);
     }
-    std::panic::set_hook(Box::new(|what| power::fail(&format!("init panicked: {what}"))));
+    std::panic::set_hook(Box::new(power::panicked));
     let Err(why) = boot_and_supervise();
     power::fail(&why)
 }
@@ -51,22 +53,19 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     power::set_policy(parameters.on_failure);
     let mut report = Report::open();
     report.line(&format!("gaia {} on {}", env!("CARGO_PKG_VERSION"), kernel::name()));
-    report.step("mounts", mounts::rest);
+    // Of a step without a `?` the report has shown the error, and there is life without it.
+    let _ = report.step("mounts", mounts::rest);
     let settings = report.step("settings", read_settings).unwrap_or_default();
-    report.step("kernel", || kernel::set_all(&settings));
-    let cores = report.step("cores", kernel::cores).unwrap_or_else(|| Cores::divide(&[]));
-    let groups = report.step("cgroups", || cgroups::Groups::make(&cores));
-    report.step("interrupts", || kernel::steer_interrupts(&cores));
-    report.step("network", || network::up(&settings.network));
-    let listeners = report.step("listeners", || {
-        let all = listeners::open(&settings.ingress.http, &cores.workers)?;
-        let said = format!("{} sockets on port {:?}, one per worker core and family", all.len(), settings.ingress.http);
-        Ok((all, said))
-    });
-    let api = report.step("control socket", machine::api_socket);
-    let watchdog = report.step("watchdog", watchdog::Watchdog::open).flatten();
-    let terminal = report.step("console", || machine::terminal(&parameters));
-    report.step("seal", mounts::seal);
+    let _ = report.step("kernel", || kernel::set_all(&settings));
+    let cores = report.step("cores", kernel::cores).unwrap_or_else(|_| Cores::divide(&[]));
+    let groups = report.step("cgroups", || cgroups::Groups::make(&cores, kernel::total_kib() * 1024))?;
+    let _ = report.step("interrupts", || kernel::steer_interrupts(&cores));
+    let _ = report.step("network", || network::up(&settings.network));
+    let listeners = report.step("listeners", || listen(&settings.ingress.http, &cores));
+    let api = report.step("control socket", machine::api_socket).ok();
+    let watchdog = report.step("watchdog", watchdog::Watchdog::open).ok().flatten();
+    let terminal = report.step("console", || machine::terminal(&parameters)).ok();
+    report.step("seal", mounts::seal)?;
     let seed = rustix::fs::open(SEED, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty()).ok();
 
     let mut standing = vec![Kind::Control];
@@ -80,8 +79,28 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     let supervisor = Supervisor::new(appliance, cores, listeners.unwrap_or_default(), &standing);
     let mut supervisor = supervisor.map_err(|e| e.to_string())?;
     let end = supervisor.run().map_err(|e| e.to_string())?;
+    supervisor.machine().finish();
     // Inside, so that the watchdog is still held while the machine ends: closing it unasked is an alarm.
     power::end(end)
+}
+
+/// Opens the listening sockets and says which are missing, and why.
+fn listen(ports: &[u16], cores: &Cores) -> Result<(Vec<Listener>, String), report::Failure> {
+    let Opened { listeners, errors, only_v4 } = listeners::open(ports, &cores.workers);
+    let wrong = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let mut said = format!("{} sockets on port {ports:?}, one per worker core and family", listeners.len());
+    if ports.is_empty() {
+        said = "no port is configured: [ingress] http = [80] in gaia.toml".into();
+    } else if listeners.is_empty() {
+        return Err(format!("no socket listens: {wrong}").into());
+    }
+    if only_v4 {
+        said.push_str("; none for IPv6, which this kernel does not have");
+    }
+    if !wrong.is_empty() {
+        said = format!("FAILED: {wrong}; what is there: {said}");
+    }
+    Ok((listeners, said))
 }
 
 /// Reads `gaia.toml`. What does not parse becomes safe defaults, and the console says why.

@@ -66,11 +66,17 @@ pub(crate) fn rest() -> Result<String, Failure> {
     Ok(FIRST.iter().chain(REST).map(|m| m.target).collect::<Vec<_>>().join(" "))
 }
 
-/// Makes everything read-only that has been written for the last time.
+/// Makes everything read-only that has been written for the last time. Tries all of it, and fails if any is not.
 pub(crate) fn seal() -> Result<String, Failure> {
+    let mut wrong = Vec::new();
     for (target, flags) in SEALED {
         let flags = *flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(None::<&str>, *target, None::<&str>, flags, None::<&str>).map_err(|source| Error { target, source })?;
+        if let Err(source) = mount(None::<&str>, *target, None::<&str>, flags, None::<&str>) {
+            wrong.push(Error { target, source }.to_string());
+        }
+    }
+    if !wrong.is_empty() {
+        return Err(wrong.join("; ").into());
     }
     Ok(format!("{} read-only", SEALED.iter().map(|(t, _)| *t).collect::<Vec<_>>().join(" ")))
 }

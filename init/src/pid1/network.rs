@@ -36,10 +36,19 @@ const RTPROT_STATIC: u8 = 4;
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const RTN_UNICAST: u8 = 1;
 
-/// Brings up the loopback and the network interface with the addresses and gateways of the settings.
+/// Brings up the loopback and the network interface with the addresses and gateways of the settings. What cannot be set
+/// keeps nothing else from being set.
 pub(crate) fn up(network: &Network) -> Result<String, Failure> {
     let route = Route::open()?;
-    route.link_up(index("lo")?).map_err(|e| format!("lo: up: {e}"))?;
+    let mut wrong: Vec<String> = Vec::new();
+    let mut note = |what: String, outcome: Result<(), Errno>| match outcome {
+        Ok(()) => true,
+        Err(e) => {
+            wrong.push(format!("{what}: {e}"));
+            false
+        }
+    };
+    note("lo: up".into(), route.link_up(index("lo")?));
     if network.address.is_empty() && network.interface.is_none() {
         return Ok("no address is configured: [network] address = [\"10.0.2.15/24\"] in gaia.toml".into());
     }
@@ -48,17 +57,20 @@ pub(crate) fn up(network: &Network) -> Result<String, Failure> {
         None => first_ethernet()?,
     };
     let interface = index(&name)?;
-    route.link_up(interface).map_err(|e| format!("{name}: up: {e}"))?;
-    let mut said = name.clone();
-    for prefix in &network.address {
-        route.add_address(interface, *prefix).map_err(|e| format!("{name}: {}: {e}", prefix.address))?;
-        let _ = write!(said, " {}/{}", prefix.address, prefix.length);
+    note(format!("{name}: up"), route.link_up(interface));
+    let mut said = name;
+    for Prefix { address, length } in &network.address {
+        let prefix = Prefix { address: *address, length: *length };
+        if note(format!("{address}/{length}"), route.add_address(interface, prefix)) {
+            let _ = write!(said, " {address}/{length}");
+        }
     }
     for gateway in &network.gateway {
-        route.add_gateway(interface, *gateway).map_err(|e| format!("{name}: gateway {gateway}: {e}"))?;
-        let _ = write!(said, " via {gateway}");
+        if note(format!("gateway {gateway}"), route.add_gateway(interface, *gateway)) {
+            let _ = write!(said, " via {gateway}");
+        }
     }
-    Ok(said)
+    if wrong.is_empty() { Ok(said) } else { Err(format!("{}; what is there: {said}", wrong.join("; ")).into()) }
 }
 
 fn index(name: &str) -> Result<u32, Failure> {

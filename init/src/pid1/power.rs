@@ -1,12 +1,14 @@
 //! The end of the machine: orderly, or by policy when PID 1 itself cannot go on. Nothing here returns.
 
 use std::convert::Infallible;
-use std::io::Write as _;
+use std::panic::PanicHookInfo;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use gaia_init::supervise::End;
 use nix::sys::reboot::{RebootMode, reboot};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 /// What happens when PID 1 cannot go on: `gaia.on_failure=` on the kernel command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,11 +28,18 @@ pub(crate) fn set_policy(policy: OnFailure) {
     POLICY.store(policy as u8, Ordering::Relaxed);
 }
 
-/// Says why and follows the policy. Also the panic hook, so it takes no lock and allocates little.
-pub(crate) fn fail(why: &str) -> ! {
-    if let Ok(mut console) = std::fs::OpenOptions::new().write(true).open("/dev/console") {
-        let _ = writeln!(console, "gaia: cannot go on: {why}");
+/// What a panic does: it ends the machine by the policy, or only the process, if that is a child on its way to `exec`.
+pub(crate) fn panicked(what: &PanicHookInfo<'_>) {
+    if std::process::id() != 1 {
+        // SAFETY: `_exit` has no preconditions. Not `exit`: nothing of the parent's may run in this child.
+        unsafe { nix::libc::_exit(127) }
     }
+    fail(&format!("init panicked: {what}"))
+}
+
+/// Says why and follows the policy. Also runs after a panic, so it takes no lock and allocates little.
+pub(crate) fn fail(why: &str) -> ! {
+    last_words(&format!("gaia: cannot go on: {why}\n"));
     // Long enough to be read on a serial line, short enough for an unattended device.
     std::thread::sleep(Duration::from_secs(3));
     end(if POLICY.load(Ordering::Relaxed) == OnFailure::PowerOff as u8 { End::PowerOff } else { End::Reboot })
@@ -43,12 +52,26 @@ pub(crate) fn end(end: End) -> ! {
         End::PowerOff => RebootMode::RB_POWER_OFF,
         End::Reboot => RebootMode::RB_AUTOBOOT,
     };
-    let refused: Result<Infallible, _> = reboot(mode);
-    if let Err(e) = refused
-        && let Ok(mut console) = std::fs::OpenOptions::new().write(true).open("/dev/console")
-    {
-        let _ = writeln!(console, "gaia: reboot({mode:?}): {e}; exiting, which panics the kernel");
-    }
+    let Err::<Infallible, _>(e) = reboot(mode);
+    last_words(&format!("gaia: reboot({mode:?}): {e}; exiting, which panics the kernel\n"));
     // An exit of PID 1 is a kernel panic, and `panic=` on the command line makes that a reboot.
     std::process::exit(70)
+}
+
+/// Writes to the console what it takes within a second.
+fn last_words(text: &str) {
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let Ok(console) = rustix::fs::open("/dev/console", flags, Mode::empty()) else { return };
+    let mut left = text.as_bytes();
+    for _ in 0..50 {
+        match rustix::io::write(&console, left) {
+            Ok(n) => left = &left[n..],
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => return,
+        }
+        if left.is_empty() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }

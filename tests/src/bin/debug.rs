@@ -65,7 +65,7 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
     if let Some(pid) = request.get("kill").and_then(Value::as_i64) {
         let signal = request.get("signal").and_then(Value::as_i64).unwrap_or(9);
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no process id")?;
-        let signal = i32::try_from(signal).ok().and_then(Signal::from_named_raw).context("no signal")?;
+        let signal = i32::try_from(signal).ok().and_then(signal_of).context("no signal")?;
         kill_process(pid, signal)?;
         return Ok(Value::Null);
     }
@@ -73,6 +73,14 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
         return ask(what);
     }
     anyhow::bail!("not a request: {request}")
+}
+
+fn signal_of(number: i32) -> Option<Signal> {
+    match number {
+        // SAFETY: a real-time signal, and none of the first three, which musl and glibc keep for themselves.
+        35..=64 => Some(unsafe { Signal::from_raw_unchecked(number) }),
+        _ => Signal::from_named_raw(number),
+    }
 }
 
 /// One request to control's API on its Unix socket.
