@@ -1,8 +1,9 @@
 //! A [`wire`] channel under tokio, and files handed over in memory.
 
 use std::fs::File;
-use std::io::{self, Read as _, Seek as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 
 use gaia_init::wire::{self, Message};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -75,19 +76,26 @@ pub fn is_sealed(file: impl AsFd) -> bool {
     rustix::fs::fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SEALED))
 }
 
-/// Reads a whole file from its beginning, refusing more than `most` bytes.
+/// Reads a whole file from its beginning, refusing more than `most` bytes. By position: all workers of a generation hold
+/// the same open file, and would move each other's offset.
 ///
 /// # Errors
 /// [`io::ErrorKind::FileTooLarge`] beyond the bound, else what the kernel said.
 pub fn read_whole(file: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
-    let mut file = File::from(file);
-    file.rewind()?;
+    let file = File::from(file);
     let mut bytes = Vec::new();
-    let read = file.take(most + 1).read_to_end(&mut bytes)?;
-    if read as u64 > most {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {most} bytes")));
+    let mut piece = [0; 8192];
+    loop {
+        match file.read_at(&mut piece, bytes.len() as u64) {
+            Ok(0) => return Ok(bytes),
+            Ok(n) => bytes.extend_from_slice(&piece[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+        if bytes.len() as u64 > most {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {most} bytes")));
+        }
     }
-    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -101,6 +109,17 @@ mod tests {
         assert!(rustix::io::write(&fd, b"x").is_err());
         assert!(rustix::fs::ftruncate(&fd, 0).is_err());
         assert_eq!(read_whole(fd, 3).unwrap(), b"abc");
+    }
+
+    #[test]
+    fn readers_of_one_open_file_do_not_disturb_each_other() {
+        let content: Vec<u8> = (0_u32..100_000).flat_map(u32::to_ne_bytes).collect();
+        let fd = sealed("plan", &content).unwrap();
+        std::thread::scope(|scope| {
+            let read = || (0..20).all(|_| read_whole(fd.try_clone().unwrap(), 1 << 20).unwrap() == content);
+            let all: Vec<_> = (0..4).map(|_| scope.spawn(read)).collect();
+            assert!(all.into_iter().all(|reader| reader.join().unwrap()));
+        });
     }
 
     #[test]

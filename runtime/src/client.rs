@@ -167,6 +167,9 @@ pub fn ps_text(ps: &Ps) -> String {
             b.name, b.route, b.replicas, b.busy, b.waiting, b.requests, b.traps, b.late, b.image
         );
     }
+    for worker in &ps.silent {
+        let _ = writeln!(out, "\n{worker} did not say in time what runs in it");
+    }
     if !ps.instances.is_empty() {
         let _ = writeln!(out, "\n{:<20} {:<12} {:>8}", "INSTANCE", "WORKER", "RUNNING");
         for i in &ps.instances {

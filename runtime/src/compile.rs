@@ -15,8 +15,8 @@ use wasmtime::component::Component;
 use wasmtime::component::types::ComponentItem;
 
 use crate::channel::{read_whole, sealed};
-use crate::engine;
 use crate::plan::Needs;
+use crate::{engine, link};
 
 /// The largest component that is compiled, in bytes: JavaScript toolchains make up to 18 MB.
 pub const MAX_COMPONENT: u64 = 64 << 20;
@@ -64,6 +64,8 @@ pub struct Report {
     pub exports: Vec<String>,
     /// What an instance needs of a pool.
     pub needs: Option<Needs>,
+    /// Why the linker of the base cannot instantiate it, in Wasmtime's words.
+    pub unlinked: Option<String>,
 }
 
 /// One imported interface.
@@ -127,7 +129,8 @@ pub fn compile(component: &[u8]) -> wasmtime::Result<(Report, Vec<u8>)> {
         tables: r.num_tables,
         table_elements: r.max_initial_table_size.unwrap_or(0),
     });
-    let report = Report { error: None, imports: imports.collect(), exports: exports.collect(), needs };
+    let unlinked = link::base(&engine)?.instantiate_pre(&compiled).err().map(|e| format!("{e:#}"));
+    let report = Report { error: None, imports: imports.collect(), exports: exports.collect(), needs, unlinked };
     Ok((report, compiled.serialize()?))
 }
 
@@ -144,7 +147,7 @@ fn import(engine: &Engine, name: &str, item: &ComponentItem) -> Import {
 
 impl Report {
     fn failed(error: String) -> Self {
-        Self { error: Some(error), imports: Vec::new(), exports: Vec::new(), needs: None }
+        Self { error: Some(error), imports: Vec::new(), exports: Vec::new(), needs: None, unlinked: None }
     }
 }
 
@@ -160,6 +163,7 @@ mod tests {
     fn the_empty_component_compiles_and_imports_nothing() {
         let (report, artefact) = compile(EMPTY).unwrap();
         assert!(report.imports.is_empty() && report.exports.is_empty());
+        assert_eq!(report.unlinked, None);
         assert!(!artefact.is_empty());
     }
 

@@ -11,8 +11,12 @@ use crate::plan::Needs;
 const GUEST_STACK: usize = 128 * 1024;
 /// The host stack under it: the guest's, and what a host call needs on top.
 const FIBER_STACK: usize = 256 * 1024;
+/// Memories that fit into the address space of one worker: 47 bits of it, 4 GiB and a guard for each.
+pub const MEMORIES_PER_WORKER: u64 = 30_000;
 /// Core instances one component may be made of. Only a number to the pool: it sets nothing aside for them.
 const CORE_INSTANCES: u32 = 64;
+/// Elements a table may grow to, if it does not begin with more. Address space only, until it is touched.
+const TABLE_ELEMENTS: usize = 20_000;
 /// Linear memory that is cleared in place and kept when an instance is released, in bytes: most small guests touch
 /// less, and then a release costs no page fault later.
 const KEEP_RESIDENT: usize = 192 * 1024;
@@ -54,7 +58,7 @@ pub fn for_worker(needs: &Needs, mem_max: u64, slots: u32) -> wasmtime::Result<E
         .max_core_instances_per_component(CORE_INSTANCES)
         .max_memories_per_component(needs.memories)
         .max_tables_per_component(needs.tables)
-        .table_elements(usize::try_from(needs.table_elements).unwrap_or(usize::MAX))
+        .table_elements(usize::try_from(needs.table_elements).unwrap_or(usize::MAX).max(TABLE_ELEMENTS))
         .max_memory_size(usize::try_from(mem_max).unwrap_or(usize::MAX))
         .linear_memory_keep_resident(KEEP_RESIDENT)
         .table_keep_resident(64 * 1024)

@@ -4,6 +4,7 @@
 //! warned about, never silently taken: a limit that is written down and not enforced is worse than none.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -94,17 +95,16 @@ impl Default for Limits {
 pub struct Execution {
     /// How long an instance lives.
     #[serde(default)]
-    pub lifecycle: Lifecycle,
+    pub lifecycle: Option<Lifecycle>,
 }
 
 /// How long an instance lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Lifecycle {
     /// One request; made when it arrives.
     Ephemeral,
     /// One request; ready before it arrives.
-    #[default]
     Pooled,
     /// All requests.
     Pinned,
@@ -194,6 +194,7 @@ pub const MAX_MEMORY: u64 = 4 << 30;
 pub fn parse(text: &str) -> Result<Manifest, Vec<String>> {
     let manifest: Manifest = toml::from_str(text).map_err(|e| vec![e.to_string().trim_end().to_owned()])?;
     let mut wrong = Vec::new();
+    let mut routes = BTreeMap::new();
     for (name, brane) in &manifest.brane {
         let mut say = |what: String| wrong.push(format!("[brane.{name}]: {what}"));
         let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
@@ -223,11 +224,30 @@ pub fn parse(text: &str) -> Result<Manifest, Vec<String>> {
         if !(1..=MAX_REPLICAS).contains(&brane.replicas) {
             say(format!("replicas = {}: from 1 to {MAX_REPLICAS}", brane.replicas));
         }
-        if brane.ingress.path.as_deref().is_some_and(|p| !p.starts_with('/')) {
-            say("ingress.path must begin with /".into());
+        if let Some(path) = &brane.ingress.path
+            && !path_prefix(path)
+        {
+            say(format!("ingress.path = {path:?}: a path begins with / and has no query, as in \"/fetch\""));
         }
-        if brane.ingress.host.as_deref().is_some_and(|h| h.contains('*')) {
-            say("ingress.host: this version takes exact hosts only".into());
+        match brane.ingress.host.as_deref() {
+            Some(host) if host.contains('*') => say("ingress.host: this version takes exact hosts only".into()),
+            Some(host) if !host_name(host) => {
+                say(format!(
+                    "ingress.host = {host:?}: a host alone, as in \"fetch.example.org\": no scheme, user or port"
+                ));
+            }
+            _ => {}
+        }
+        let host = brane.ingress.host.as_deref().unwrap_or_default().to_ascii_lowercase();
+        let path = brane.ingress.path.clone().unwrap_or_else(|| format!("/{name}"));
+        match routes.entry((host, path.trim_end_matches('/').to_owned())) {
+            Entry::Occupied(other) => {
+                let other: &&str = other.get();
+                say(format!("has the same host and path as [brane.{other}]: only one can be served"));
+            }
+            Entry::Vacant(free) => {
+                free.insert(name.as_str());
+            }
         }
         for key in brane.capability.keys() {
             if crate::link::KEYS.iter().any(|(k, _)| k == key) || key == "env" {
@@ -245,7 +265,7 @@ pub fn parse(text: &str) -> Result<Manifest, Vec<String>> {
         if brane.limits.cpu_quota.is_some_and(|q| !(q > 0.0 && q <= 1.0)) {
             say("limits.cpu_quota: more than 0 and at most 1, the part of one core a replica may use".into());
         }
-        if brane.execution.lifecycle == Lifecycle::Pinned {
+        if brane.execution.lifecycle == Some(Lifecycle::Pinned) {
             say("execution.lifecycle = \"pinned\": this version cannot keep an instance between requests yet".into());
         }
     }
@@ -259,9 +279,31 @@ impl Manifest {
     /// What the manifest asks for and this version does not do: one text each.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        let quota = self.brane.iter().filter(|(_, b)| b.limits.cpu_quota.is_some());
-        quota.map(|(name, _)| format!("[brane.{name}]: limits.cpu_quota is not enforced by this version")).collect()
+        let mut all = Vec::new();
+        for (name, brane) in &self.brane {
+            let mut say = |what: &str| all.push(format!("[brane.{name}]: {what}"));
+            if brane.limits.cpu_quota.is_some() {
+                say("limits.cpu_quota is not enforced by this version");
+            }
+            if brane.execution.lifecycle == Some(Lifecycle::Pooled) {
+                say(
+                    "execution.lifecycle: this version makes each instance when its request arrives, as \"ephemeral\" says",
+                );
+            }
+        }
+        all
     }
+}
+
+/// Whether a request's host could ever be this.
+fn host_name(host: &str) -> bool {
+    host.parse::<http::uri::Authority>().is_ok_and(|a| a.host() == host && a.port().is_none())
+}
+
+/// Whether a request's path could ever begin with this.
+fn path_prefix(path: &str) -> bool {
+    let plain = |p: http::uri::PathAndQuery| p.as_str() == path && p.query().is_none();
+    path.starts_with('/') && !path.contains('#') && path.parse().is_ok_and(plain)
 }
 
 /// The name of the file that `image = "file:./NAME"` means: one plain name, so that it cannot leave the directory.
@@ -282,7 +324,7 @@ mod tests {
     fn what_is_not_said_has_its_default() {
         let m = parse("[brane.hello]\nimage = \"file:./hello.wasm\"\n").unwrap();
         let b = &m.brane["hello"];
-        assert_eq!((b.limits.mem_max, b.execution.lifecycle), (Size(64 << 20), Lifecycle::Pooled));
+        assert_eq!((b.limits.mem_max, b.execution.lifecycle), (Size(64 << 20), None));
     }
 
     #[test]
@@ -308,8 +350,27 @@ mod tests {
 
     #[test]
     fn a_limit_that_is_not_enforced_is_said_so() {
-        let m = parse("[brane.a]\nimage = \"file:./a.wasm\"\nlimits = { cpu_quota = 0.5 }\n").unwrap();
-        assert_eq!(m.warnings().len(), 1);
+        let m = parse("[brane.a]\nimage = \"file:./a.wasm\"\nlimits = { cpu_quota = 0.5 }\nexecution = { lifecycle = \"pooled\" }\n").unwrap();
+        assert_eq!(m.warnings().len(), 2);
+    }
+
+    #[test]
+    fn a_route_that_no_request_could_take_is_refused() {
+        for ingress in [
+            "host = \"example.org:8080\"",
+            "host = \"\"",
+            "host = \"http://x\"",
+            "host = \"a@b\"",
+            "path = \"fetch\"",
+            "path = \"/a?b\"",
+            "path = \"/a#b\"",
+            "path = \"/a b\"",
+        ] {
+            let text = format!("[brane.a]\nimage = \"file:./a.wasm\"\ningress = {{ {ingress} }}\n");
+            assert_eq!(parse(&text).unwrap_err().len(), 1, "{ingress}");
+        }
+        let twice = "[brane.a]\nimage = \"file:./a.wasm\"\n[brane.b]\nimage = \"file:./a.wasm\"\ningress = { path = \"/a/\" }\n";
+        assert!(parse(twice).unwrap_err()[0].contains("same host and path as [brane.a]"));
     }
 
     #[test]

@@ -11,9 +11,9 @@ pub enum Command {
     Status,
     /// Branes and the instances at work
     Ps,
-    /// Finish what is inside, then switch the appliance off
+    /// Finish what is inside, for at most five seconds, then switch the appliance off
     Poweroff,
-    /// Finish what is inside, then start the appliance again
+    /// Finish what is inside, for at most five seconds, then start the appliance again
     Reboot,
 }
 

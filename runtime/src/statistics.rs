@@ -8,6 +8,7 @@
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use gaia_init::supervise::STATISTICS_BYTES;
@@ -28,11 +29,13 @@ pub struct Worker {
     pub requests: AtomicU64,
     /// Requests without a finished answer now.
     pub inside: AtomicU64,
+    /// Connections now that have not sent their first request's head yet.
+    pub fresh: AtomicU64,
     /// Answers the runtime gave itself: 404.
     pub no_route: AtomicU64,
     /// Bytes that guests wrote to stdout and stderr.
     pub output: AtomicU64,
-    reserved: [AtomicU64; 26],
+    reserved: [AtomicU64; 25],
 }
 
 /// Counts of one brane in one worker. All only grow, unless said otherwise.
@@ -86,11 +89,12 @@ impl Statistics {
     /// If the file is too short (`EINVAL`), can still shrink (`EPERM`: reading it might then fault), or cannot be mapped.
     pub fn map(file: impl AsFd) -> Result<Self, rustix::io::Errno> {
         use rustix::fs::SealFlags;
-        if rustix::fs::fstat(&file)?.st_size.cast_unsigned() < STATISTICS_BYTES {
-            return Err(rustix::io::Errno::INVAL);
-        }
+        // In this order: once sealed, its size stays what it is found to be.
         if !rustix::fs::fcntl_get_seals(&file)?.contains(SealFlags::SHRINK) {
             return Err(rustix::io::Errno::PERM);
+        }
+        if rustix::fs::fstat(&file)?.st_size.cast_unsigned() < STATISTICS_BYTES {
+            return Err(rustix::io::Errno::INVAL);
         }
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address the kernel chooses, over a file that has at least these bytes and is
@@ -120,20 +124,23 @@ impl Drop for Statistics {
 
 /// Adds one now and takes it away again when dropped: for what is counted while it lasts.
 #[derive(Debug)]
-pub struct While<'a>(&'a AtomicU64);
+pub struct While {
+    page: Arc<Statistics>,
+    counter: fn(&Page) -> &AtomicU64,
+}
 
-impl<'a> While<'a> {
+impl While {
     /// Counts from now on.
     #[must_use]
-    pub fn counted(counter: &'a AtomicU64) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter)
+    pub fn counted(page: &Arc<Statistics>, counter: fn(&Page) -> &AtomicU64) -> Self {
+        counter(page).fetch_add(1, Ordering::Relaxed);
+        Self { page: Arc::clone(page), counter }
     }
 }
 
-impl Drop for While<'_> {
+impl Drop for While {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        (self.counter)(&self.page).fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -145,12 +152,12 @@ mod tests {
     #[test]
     fn what_one_mapping_writes_another_reads() {
         let fd = rustix::fs::memfd_create("s", MemfdFlags::ALLOW_SEALING).unwrap();
-        assert!(Statistics::map(&fd).is_err(), "too short");
-        rustix::fs::ftruncate(&fd, STATISTICS_BYTES).unwrap();
         assert!(Statistics::map(&fd).is_err(), "could still shrink under the reader");
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-        let (writer, reader) = (Statistics::map(&fd).unwrap(), Statistics::map(&fd).unwrap());
-        let inside = While::counted(&writer.worker.inside);
+        assert!(Statistics::map(&fd).is_err(), "too short");
+        rustix::fs::ftruncate(&fd, STATISTICS_BYTES).unwrap();
+        let (writer, reader) = (Arc::new(Statistics::map(&fd).unwrap()), Statistics::map(&fd).unwrap());
+        let inside = While::counted(&writer, |page| &page.worker.inside);
         writer.branes[MAX_BRANES - 1].traps.fetch_add(3, Ordering::Relaxed);
         assert_eq!(reader.worker.inside.load(Ordering::Relaxed), 1);
         assert_eq!(reader.branes[MAX_BRANES - 1].traps.load(Ordering::Relaxed), 3);

@@ -29,6 +29,11 @@ path = "/"
 
 [brane.chatty]
 image = "file:./chatty.wasm"
+
+[brane.faulty]
+image = "file:./faulty.wasm"
+replicas = 4
+limits = { deadline = "2s", body_max = "100 kB" }
 "#;
 
 /// Would miss: an answer of the wrong kind, a limit that does not bind, an instance that serves two requests, or a brane
@@ -52,6 +57,9 @@ fn each_request_is_answered_as_the_contract_says() {
     }
 
     // What HTTP demands, and what is not there.
+    assert_eq!(raw("GET /hello HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n").status, 400, "two hosts");
+    assert_eq!(raw("GET /hello HTTP/1.1\r\nHost: me@a\r\nConnection: close\r\n\r\n").status, 400, "a user");
+    assert_eq!(raw("CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\nConnection: close\r\n\r\n").status, 501);
     assert_eq!(raw("GET /hello HTTP/1.1\r\nConnection: close\r\n\r\n").status, 400, "no Host");
     assert_eq!(raw("GET /hello HTTP/1.0\r\n\r\n").status, 200, "needs none");
     let upgrade = "GET /hello HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: upgrade, close\r\n\r\n";
@@ -107,11 +115,72 @@ fn each_request_is_answered_as_the_contract_says() {
         let all: Vec<_> = (0..12).map(|_| scope.spawn(|| status("/burn?n=100000000000"))).collect();
         all.into_iter().map(|t| t.join().unwrap()).collect()
     });
-    assert!(answers.iter().all(|s| [503, 504].contains(s)) && answers.contains(&504), "{answers:?}");
+    assert!(answers.iter().all(|s| [503, 504].contains(s)), "{answers:?}");
+    assert!(answers.contains(&504) && answers.contains(&503), "both a missed deadline and a full queue: {answers:?}");
     hello_is_well();
     let transcript = appliance.power_off().unwrap();
     assert!(
         transcript.contains("touch.") && transcript.contains("trap:"),
         "the trap's id is in the log:\n{transcript}"
     );
+}
+
+/// Would miss: a guest's fault that looks like a good answer, that is held against the wrong one, or that leaves something
+/// behind.
+#[test]
+fn what_a_guest_does_wrong_is_told_and_leaves_nothing_behind() {
+    let appliance = Appliance::boot(&Setup::default().graph(GRAPH)).unwrap();
+    let port = appliance.port().unwrap();
+    let faulty = |how: &str| appliance.get(&format!("/faulty?how={how}"));
+    for (how, status) in [("trap", 500), ("none", 502), ("error", 502), ("exit", 502), ("status", 502), ("", 400)] {
+        let answer = faulty(how).unwrap();
+        assert_eq!(answer.status, status, "{how}: {}", answer.text());
+        assert!(!answer.text().contains("secret"), "the guest's words are not the client's: {}", answer.text());
+    }
+
+    // A head is out, the rest does not come: the client must not take the part for the whole.
+    for how in ["half", "stream"] {
+        let broken = faulty(how).unwrap_err();
+        println!("{how}: {broken}");
+    }
+    // Bodies without a length: what fits is read whole, what does not is 413, whatever the guest makes of it.
+    let chunked = |bytes: usize| {
+        let head =
+            "POST /faulty?how=read HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n";
+        let chunk = format!("3e8\r\n{}\r\n", "x".repeat(1000));
+        http::raw(port, format!("{head}{}0\r\n\r\n", chunk.repeat(bytes / 1000)).as_bytes(), ANSWER_WITHIN).unwrap()
+    };
+    assert_eq!(chunked(90_000).text(), "90000 bytes\n");
+    assert_eq!(chunked(200_000).status, 413);
+    let unread = "POST /nothing HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n";
+    let unread = format!("{unread}{}0\r\n\r\n", format!("3e8\r\n{}\r\n", "x".repeat(1000)).repeat(100));
+    assert_eq!(http::raw(port, unread.as_bytes(), ANSWER_WITHIN).unwrap().status, 404);
+
+    // Clients that ask and do not read: the guest ends at its deadline, and its slot is free again.
+    let silent: Vec<_> = (0..8)
+        .map(|_| {
+            let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+            std::io::Write::write_all(&mut stream, b"GET /faulty?how=stream HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+            stream
+        })
+        .collect();
+    let brane = |a: &Appliance| {
+        let ps = a.ask("GET /v1/ps")?;
+        Ok(ps["branes"].as_array().unwrap().iter().find(|b| b["name"] == "faulty").unwrap().clone())
+    };
+    let after = 6 + 2 + 2 + silent.len() as u64;
+    appliance.until(ANSWER_WITHIN, brane, |b| b["requests"].as_u64() >= Some(after)).unwrap();
+    appliance.until(ANSWER_WITHIN, brane, |b| b["busy"] == 0 && b["waiting"] == 0).unwrap();
+    drop(silent);
+    assert_eq!(faulty("").unwrap().status, 400);
+    let ps = brane(&appliance).unwrap();
+    assert_eq!(ps["traps"], 2, "one before the head, one in the middle of an answer: {ps}");
+    appliance
+        .until(
+            ANSWER_WITHIN,
+            |a| a.ask("GET /v1/status"),
+            |s| s["workers"].as_array().unwrap().iter().all(|w| w["inside"] == 0),
+        )
+        .unwrap();
+    appliance.power_off().unwrap();
 }

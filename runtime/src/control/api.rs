@@ -146,7 +146,7 @@ fn memory(meminfo: &str) -> report::Memory {
 
 async fn ps(control: &Control) -> Ps {
     let plan = control.plan.borrow().clone();
-    let instances = control.instances().await;
+    let (instances, silent) = control.instances().await;
     let branes = plan.iter().flat_map(|plan| plan.branes.iter().enumerate().map(move |(i, b)| (plan.generation, i, b)));
     let branes = branes.map(|(generation, index, brane)| {
         let workers = control.workers.borrow();
@@ -170,7 +170,7 @@ async fn ps(control: &Control) -> Ps {
             cold_mean_ns: sum(|b| &b.cold_ns).checked_div(made).unwrap_or(0),
         }
     });
-    Ps { branes: branes.collect(), instances }
+    Ps { branes: branes.collect(), instances, silent }
 }
 
 #[cfg(test)]

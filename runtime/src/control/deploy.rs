@@ -16,11 +16,12 @@ use rustix::fs::{Mode, OFlags};
 use sha2::{Digest as _, Sha256};
 
 use super::Control;
+use super::init::Found;
 use crate::channel::{Channel, is_sealed, read_whole, sealed};
 use crate::compile::{self, MAX_COMPONENT, MAX_REPORT, Report, Word};
-use crate::link;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Plan};
+use crate::{engine, link};
 
 /// The graph's name in the seed.
 const GRAPH: &str = "graph.zgraph.toml";
@@ -36,23 +37,30 @@ struct Compiled {
     artefact: OwnedFd,
 }
 
-/// Starts the graph of the seed, or an empty one if there is none or it is not good: the appliance then answers 404 to
-/// everything and says why on its console.
-pub(super) async fn from_seed(control: &Control, seed: Option<OwnedFd>, workers: usize) -> anyhow::Result<()> {
-    let outcome = match &seed {
+/// Starts the graph of the seed, or an empty one if there is none or it does not come up: the appliance then answers 404
+/// to everything and says why on its console.
+pub(super) async fn from_seed(control: &Control, seed: Option<OwnedFd>, found: &Found) -> anyhow::Result<()> {
+    let workers = count(found.workers);
+    let mut generation = found.newest + 1;
+    let planned = match &seed {
+        Some(seed) => planned(control, seed, workers, generation).await,
         None => Err(anyhow::anyhow!(NO_GRAPH)),
-        Some(seed) => planned(control, seed, workers).await,
     };
-    let (plan, artefacts) = match outcome {
-        Ok(planned) => planned,
-        Err(e) => {
-            let words = format!("{e:#}");
-            control.say(&words).await;
-            control.words.borrow_mut().push(words);
-            (Plan { generation: 1, workers: count(workers), branes: Vec::new() }, Vec::new())
+    let started = match planned {
+        Ok((plan, artefacts)) => {
+            // Numbers are not used twice, whatever becomes of them.
+            generation += 1;
+            start(control, plan, &artefacts).await
         }
+        Err(e) => Err(e),
     };
-    start(control, plan, &artefacts).await
+    if let Err(e) = started {
+        let words = format!("{e:#}");
+        control.say(&words).await;
+        control.words.borrow_mut().push(words);
+        start(control, Plan { generation, workers, branes: Vec::new() }, &[]).await?;
+    }
+    Ok(())
 }
 
 fn count(workers: usize) -> u32 {
@@ -72,7 +80,12 @@ async fn start(control: &Control, plan: Plan, artefacts: &[(String, OwnedFd)]) -
     Ok(())
 }
 
-async fn planned(control: &Control, seed: &OwnedFd, workers: usize) -> anyhow::Result<(Plan, Vec<(String, OwnedFd)>)> {
+async fn planned(
+    control: &Control,
+    seed: &OwnedFd,
+    workers: u32,
+    generation: u32,
+) -> anyhow::Result<(Plan, Vec<(String, OwnedFd)>)> {
     let text = match read(seed, GRAPH, manifest::MAX_BYTES) {
         Err(e) if e.kind() == ErrorKind::NotFound => anyhow::bail!(NO_GRAPH),
         other => other.with_context(|| format!("reading {GRAPH}"))?,
@@ -83,37 +96,19 @@ async fn planned(control: &Control, seed: &OwnedFd, workers: usize) -> anyhow::R
         control.say(&format!("{GRAPH}: warning: {warning}")).await;
         control.words.borrow_mut().push(warning);
     }
-    let compiled = compile_all(control, seed, &manifest).await?;
-    let mut wrong = Vec::new();
+    let (compiled, mut wrong) = compile_all(control, seed, &manifest).await;
     let mut branes = Vec::new();
     for (name, brane) in manifest.brane {
         let Some(compiled) = compiled.get(&brane.image) else { continue };
-        let refused = link::refused(&compiled.report.imports, &[]);
-        wrong.extend(refused.iter().map(|refusal| format!("{name} {refusal}")));
-        if !compiled.report.exports.iter().any(|e| e.split('@').next() == Some(HANDLER)) {
-            wrong.push(format!("{name} does not export {HANDLER}, so no request could be given to it"));
+        match brane_of(name, brane, compiled) {
+            Ok(brane) => branes.push(brane),
+            Err(reasons) => wrong.extend(reasons),
         }
-        let Some(needs) = compiled.report.needs else {
-            wrong.push(format!("{name}: its component imports or exports modules, so its needs cannot be known"));
-            continue;
-        };
-        if needs.initial_memory > brane.limits.mem_max.0 {
-            let (needed, most) = (needs.initial_memory, brane.limits.mem_max.0);
-            wrong.push(format!("{name} starts with {needed} bytes of memory, but limits.mem_max is {most}"));
-        }
-        branes.push(plan::Brane {
-            path: brane.ingress.path.unwrap_or_else(|| format!("/{name}")),
-            host: brane.ingress.host.map(|h| h.to_ascii_lowercase()),
-            image: brane.image,
-            digest: compiled.digest.clone(),
-            artefact: artefact_name(&compiled.digest),
-            needs,
-            replicas: brane.replicas,
-            mem_max: brane.limits.mem_max.0,
-            deadline: brane.limits.deadline.0,
-            body_max: brane.limits.body_max.0,
-            name,
-        });
+    }
+    let memories: u64 = branes.iter().map(|b| u64::from(b.slots(workers)) * u64::from(b.needs.memories.max(1))).sum();
+    if memories > engine::MEMORIES_PER_WORKER {
+        let most = engine::MEMORIES_PER_WORKER;
+        wrong.push(format!("{memories} instances in each worker, but the address space holds {most}: fewer replicas"));
     }
     if !wrong.is_empty() {
         return Err(listed(GRAPH, &wrong));
@@ -121,7 +116,42 @@ async fn planned(control: &Control, seed: &OwnedFd, workers: usize) -> anyhow::R
     let mut artefacts: Vec<_> = compiled.into_values().map(|c| (artefact_name(&c.digest), c.artefact)).collect();
     artefacts.sort_by(|a, b| a.0.cmp(&b.0));
     artefacts.dedup_by(|a, b| a.0 == b.0);
-    Ok((Plan { generation: 1, workers: count(workers), branes }, artefacts))
+    Ok((Plan { generation, workers, branes }, artefacts))
+}
+
+/// The link stage for one brane: what it becomes in the plan, or all reasons why it cannot.
+fn brane_of(name: String, brane: manifest::Brane, compiled: &Compiled) -> Result<plan::Brane, Vec<String>> {
+    let report = &compiled.report;
+    let mut wrong: Vec<String> = link::refused(&report.imports, &[]).iter().map(|r| format!("{name} {r}")).collect();
+    if let (true, Some(reason)) = (wrong.is_empty(), &report.unlinked) {
+        wrong.push(format!("{name} cannot be linked: {reason}"));
+    }
+    if !report.exports.iter().any(|e| e.split('@').next() == Some(HANDLER)) {
+        wrong.push(format!("{name} does not export {HANDLER}, so no request could be given to it"));
+    }
+    let most = brane.limits.mem_max.0;
+    match report.needs {
+        None => wrong.push(format!("{name}: its component imports or exports modules, so its needs cannot be known")),
+        Some(needs) if needs.initial_memory > most => {
+            let needed = needs.initial_memory;
+            wrong.push(format!("{name} starts with {needed} bytes of memory, but limits.mem_max is {most}"));
+        }
+        Some(_) => {}
+    }
+    let (true, Some(needs)) = (wrong.is_empty(), report.needs) else { return Err(wrong) };
+    Ok(plan::Brane {
+        path: brane.ingress.path.unwrap_or_else(|| format!("/{name}")),
+        host: brane.ingress.host.map(|h| h.to_ascii_lowercase()),
+        image: brane.image,
+        digest: compiled.digest.clone(),
+        artefact: artefact_name(&compiled.digest),
+        needs,
+        replicas: brane.replicas,
+        mem_max: most,
+        deadline: brane.limits.deadline.0,
+        body_max: brane.limits.body_max.0,
+        name,
+    })
 }
 
 fn artefact_name(digest: &str) -> String {
@@ -137,27 +167,37 @@ fn listed(what: &str, wrong: &[String]) -> anyhow::Error {
     anyhow::anyhow!(words)
 }
 
-/// Compiles each image once, by its name and by its content.
+/// Compiles each image once. Returns what became of them by name, and what went wrong with the others.
 async fn compile_all(
     control: &Control,
     seed: &OwnedFd,
     manifest: &Manifest,
-) -> anyhow::Result<HashMap<String, Compiled>> {
+) -> (HashMap<String, Compiled>, Vec<String>) {
     let images: BTreeSet<&str> = manifest.brane.values().map(|brane| brane.image.as_str()).collect();
     let mut all = HashMap::with_capacity(images.len());
+    let mut wrong = Vec::new();
     let mut working = futures_util::stream::iter(images)
         .map(async |image| {
-            let name = manifest::file_name(image).with_context(|| format!("{image:?} is no file"))?;
-            let bytes = read(seed, name, MAX_COMPONENT).with_context(|| format!("reading {name}"))?;
-            let compiled = compiled(control, name, &bytes).await.with_context(|| format!("compiling {name}"))?;
-            Ok::<_, anyhow::Error>((image.to_owned(), compiled))
+            let name = manifest::file_name(image).with_context(|| format!("{image:?} is no file"));
+            let outcome = match name {
+                Ok(name) => compiled_file(control, seed, name).await,
+                Err(e) => Err(e),
+            };
+            (image.to_owned(), outcome)
         })
         .buffer_unordered(MAX_COMPILERS);
-    while let Some(done) = working.next().await {
-        let (image, compiled) = done?;
-        all.insert(image, compiled);
+    while let Some((image, outcome)) = working.next().await {
+        match outcome {
+            Ok(compiled) => drop(all.insert(image, compiled)),
+            Err(e) => wrong.push(format!("{e:#}")),
+        }
     }
-    Ok(all)
+    (all, wrong)
+}
+
+async fn compiled_file(control: &Control, seed: &OwnedFd, name: &str) -> anyhow::Result<Compiled> {
+    let bytes = read(seed, name, MAX_COMPONENT).with_context(|| format!("reading {name}"))?;
+    compiled(control, name, &bytes).await.with_context(|| format!("compiling {name}"))
 }
 
 async fn compiled(control: &Control, name: &str, component: &[u8]) -> anyhow::Result<Compiled> {

@@ -15,6 +15,8 @@ use crate::channel::Channel;
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub(super) workers: usize,
+    /// The newest number that any generation has had.
+    pub(super) newest: u32,
     pub(super) generation: Option<u32>,
     pub(super) files: Vec<(String, OwnedFd)>,
 }
@@ -61,15 +63,16 @@ impl Init {
 
     pub(super) async fn hello(&self) -> anyhow::Result<Found> {
         let (sender, answer) = oneshot::channel();
-        self.listings.borrow_mut().push_back(Listing::Hello(Found::default(), sender));
         self.channel.send(&FromControl::Hello, &[]).await?;
+        // Only once it is sent, and before anything else can run: the listings are in the order of the questions.
+        self.listings.borrow_mut().push_back(Listing::Hello(Found::default(), sender));
         Ok(answer.await?)
     }
 
     pub(super) async fn roles(&self) -> anyhow::Result<Vec<Role>> {
         let (sender, answer) = oneshot::channel();
-        self.listings.borrow_mut().push_back(Listing::Roles(Vec::new(), sender));
         self.channel.send(&FromControl::Roles, &[]).await?;
+        self.listings.borrow_mut().push_back(Listing::Roles(Vec::new(), sender));
         Ok(answer.await?)
     }
 
@@ -104,7 +107,9 @@ impl Init {
     fn heard(&self, control: &Control, message: ToControl, files: Vec<OwnedFd>) {
         let mut files = files.into_iter();
         match message {
-            ToControl::Machine { workers, .. } => self.found(|found| found.workers = workers.len()),
+            ToControl::Machine { workers, newest, .. } => self.found(|found| {
+                (found.workers, found.newest) = (workers.len(), newest);
+            }),
             ToControl::Generation { generation } => self.found(|found| found.generation = Some(generation)),
             ToControl::File { name, .. } => {
                 if let Some(file) = files.next() {

@@ -39,7 +39,7 @@ pub struct Worker {
     pub generation: u32,
     /// Its counters.
     pub statistics: Statistics,
-    channel: Channel,
+    channel: tokio::sync::Mutex<Channel>,
 }
 
 /// What served before a worker was replaced, so that sums do not fall.
@@ -81,7 +81,8 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
         plan: RefCell::default(),
         past: RefCell::default(),
         words: RefCell::default(),
-        tickets: Cell::new(1),
+        // Not where the control before this one began: its questions may still be answered.
+        tickets: Cell::new(std::process::id() << 12),
     });
     let beating = Rc::clone(&control);
     tokio::task::spawn_local(async move {
@@ -122,7 +123,7 @@ impl Control {
             self.say(&format!("took over generation {generation}: {branes} branes, {workers} workers")).await;
             return Ok(());
         }
-        deploy::from_seed(self, seed, found.workers).await
+        deploy::from_seed(self, seed, &found).await
     }
 
     /// Shows a line on the console.
@@ -148,7 +149,8 @@ impl Control {
         statistics: &OwnedFd,
     ) -> anyhow::Result<()> {
         let statistics = Statistics::map(statistics)?;
-        let worker = Worker { core, pid, generation, statistics, channel: Channel::new(channel)? };
+        let worker =
+            Worker { core, pid, generation, statistics, channel: tokio::sync::Mutex::new(Channel::new(channel)?) };
         let mut workers = self.workers.borrow_mut();
         workers.retain(|w| w.pid != pid);
         workers.push(Rc::new(worker));
@@ -163,27 +165,36 @@ impl Control {
         let counted = &worker.statistics.worker;
         let mut past = self.past.borrow_mut();
         past.requests += counted.requests.load(Relaxed);
-        // Accepted, but not yet read, is lost to the client as well.
-        past.lost += counted.inside.load(Relaxed).max(counted.open.load(Relaxed));
+        // A request on its way on a fresh connection is lost to the client as well.
+        past.lost += counted.inside.load(Relaxed) + counted.fresh.load(Relaxed);
     }
 
     /// All instances at work, in all workers of the serving generation.
-    async fn instances(&self) -> Vec<Instance> {
+    ///
+    /// A worker that does not answer in time is named in the second list.
+    async fn instances(&self) -> (Vec<Instance>, Vec<String>) {
         let workers: Vec<Rc<Worker>> = self.workers.borrow().iter().map(Rc::clone).collect();
-        let mut all = Vec::new();
-        for worker in workers {
-            if let Ok(Some(list)) = tokio::time::timeout(WORKER_WITHIN, self.instances_of(&worker)).await {
-                all.extend(list);
+        let asked = workers.iter().map(async |worker| {
+            let list = tokio::time::timeout(WORKER_WITHIN, self.instances_of(worker)).await;
+            list.ok().flatten().ok_or_else(|| format!("worker@{}", worker.core))
+        });
+        let (mut all, mut silent) = (Vec::new(), Vec::new());
+        for answer in futures_util::future::join_all(asked).await {
+            match answer {
+                Ok(list) => all.extend(list),
+                Err(name) => silent.push(name),
             }
         }
-        all
+        (all, silent)
     }
 
     async fn instances_of(&self, worker: &Worker) -> Option<Vec<Instance>> {
+        // One question at a time: an answer taken by the wrong asker would be lost.
+        let channel = worker.channel.lock().await;
         let wanted = self.ticket();
-        worker.channel.send(&instances::Word::Instances { ticket: wanted }, &[]).await.ok()?;
+        channel.send(&instances::Word::Instances { ticket: wanted }, &[]).await.ok()?;
         loop {
-            match worker.channel.receive::<instances::Word>().await {
+            match channel.receive::<instances::Word>().await {
                 // An answer to a question whose asker went away is passed over.
                 Ok((instances::Word::Instances { ticket }, files)) if ticket == wanted => {
                     let list = read_whole(files.into_iter().next()?, instances::MAX_BYTES).ok()?;

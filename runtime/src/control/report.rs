@@ -69,6 +69,8 @@ pub struct Ps {
     pub branes: Vec<Brane>,
     /// Instances at work.
     pub instances: Vec<Instance>,
+    /// Workers that did not say in time what runs in them.
+    pub silent: Vec<String>,
 }
 
 /// One brane, summed over its workers.

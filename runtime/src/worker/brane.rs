@@ -4,16 +4,22 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 use wasmtime::component::Component;
-use wasmtime::{Engine, Store};
+use wasmtime::{Engine, Store, UpdateDeadline};
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
-use super::host::Host;
+use super::host::{HANDLES, Host};
 use crate::statistics::{self, Statistics};
 use crate::{engine, link, plan};
+
+/// What a component's start may take: the longest seen (a JavaScript engine's, emulated) is about two seconds.
+const FIRST_WITHIN: Duration = Duration::from_secs(20);
+/// What one call to the host may move, in bytes.
+const HOST_CALL: usize = 8 << 20;
 
 /// A brane could not be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +30,15 @@ pub struct Error {
     source: wasmtime::Error,
 }
 
+/// A request that waits.
+pub struct Waiting<'a>(&'a Brane);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.count().waiting.fetch_sub(1, Relaxed);
+    }
+}
+
 /// A brane, ready to serve.
 pub struct Brane {
     /// What the plan says of it.
@@ -32,7 +47,7 @@ pub struct Brane {
     pub engine: Engine,
     pre: ProxyPre<Host>,
     /// One permit for each slot of the pool, so that the pool is never asked for more than it has.
-    pub slots: Semaphore,
+    pub slots: Arc<Semaphore>,
     index: usize,
     statistics: Arc<Statistics>,
     made: Cell<u64>,
@@ -40,11 +55,11 @@ pub struct Brane {
 }
 
 impl Brane {
-    /// Maps the artefact, makes engine and pool, links, and makes one instance to see that all of it works.
+    /// Maps the artefact, makes engine and pool, and links.
     ///
     /// # Errors
     /// With the step that failed.
-    pub async fn ready(
+    pub fn link(
         plan: &plan::Brane,
         index: usize,
         workers: u32,
@@ -60,19 +75,29 @@ impl Brane {
         let component = unsafe { Component::deserialize_file(&engine, path) }.map_err(at("map the artefact"))?;
         let linker = link::base(&engine).map_err(at("linker"))?;
         let pre = linker.instantiate_pre(&component).and_then(ProxyPre::new).map_err(at("link"))?;
-        let brane = Self {
+        Ok(Self {
             plan: plan.clone(),
             engine,
             pre,
-            slots: Semaphore::new(slots as usize),
+            slots: Arc::new(Semaphore::new(slots as usize)),
             index,
             statistics,
             made: Cell::new(0),
             running: RefCell::default(),
-        };
-        let mut store = brane.store();
-        brane.pre.instantiate_async(&mut store).await.map_err(at("first instance"))?;
-        Ok(brane)
+        })
+    }
+
+    /// Makes one instance, to see that the pool has what it needs and that its start comes to an end. The epochs must
+    /// be ticking, or a start that does not end is not interrupted.
+    ///
+    /// # Errors
+    /// What went wrong, or that it took more than [`FIRST_WITHIN`].
+    pub async fn first_instance(&self) -> Result<(), Error> {
+        let at = |source| Error { name: self.plan.name.clone(), step: "first instance", source };
+        let mut store = self.store();
+        let late = |_| wasmtime::format_err!("its start has not ended after {} s", FIRST_WITHIN.as_secs());
+        let made = tokio::time::timeout(FIRST_WITHIN, self.pre.instantiate_async(&mut store)).await;
+        made.map_err(late).and_then(|made| made).map(drop).map_err(at)
     }
 
     /// A store for one fresh instance.
@@ -80,8 +105,12 @@ impl Brane {
     pub fn store(&self) -> Store<Host> {
         let mut store = Store::new(&self.engine, Host::new(self.plan.mem_max, &self.statistics));
         store.limiter(|host| &mut host.memory);
-        // At each tick the guest lets others run; deadlines are the business of whoever waits for it.
-        store.epoch_deadline_async_yield_and_update(1);
+        store.set_hostcall_fuel(HOST_CALL);
+        store.set_max_component_handles(HANDLES);
+        // At each tick the guest lets others run; deadlines are the business of whoever waits for it. By tokio's own
+        // yield, which waits until the event loop has turned: Wasmtime's would only pass the turn to the next task.
+        store.set_epoch_deadline(1);
+        store.epoch_deadline_callback(|_| Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now()))));
         store
     }
 
@@ -91,6 +120,13 @@ impl Brane {
         &self.pre
     }
 
+    /// Counts one more request that waits for an instance, while it does.
+    #[must_use]
+    pub fn waiting(&self) -> Waiting<'_> {
+        self.count().waiting.fetch_add(1, Relaxed);
+        Waiting(self)
+    }
+
     /// Its counters.
     #[must_use]
     pub fn count(&self) -> &statistics::Brane {
@@ -98,7 +134,7 @@ impl Brane {
     }
 
     /// The next instance's serial number. Workers count in steps of their number from different starts, so that no
-    /// two instances of a deploy share one.
+    /// two of them share one; a worker that was started again begins anew.
     pub fn begin(&self, worker: u32, workers: u32) -> u64 {
         let serial = self.made.get() * u64::from(workers) + u64::from(worker) + 1;
         self.made.set(self.made.get() + 1);

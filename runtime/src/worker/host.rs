@@ -15,6 +15,11 @@ use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpC
 
 use crate::statistics::Statistics;
 
+/// Handles an instance may hold at a time, on the host's side and on its own.
+pub const HANDLES: usize = 1024;
+/// What one set of headers may take on the host, in bytes.
+const HEADERS: usize = 64 * 1024;
+
 /// The data of one instance's store.
 pub struct Host {
     wasi: WasiCtx,
@@ -38,8 +43,11 @@ impl Host {
     pub fn new(mem_max: u64, statistics: &Arc<Statistics>) -> Self {
         let output = Output(Arc::clone(statistics));
         let wasi = WasiCtxBuilder::new().stdout(output.clone()).stderr(output).build();
-        let memory = Memory { used: 0, most: usize::try_from(mem_max).unwrap_or(usize::MAX) };
-        Self { wasi, http: WasiHttpCtx::new(), table: ResourceTable::new(), egress: NoEgress, memory }
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(HANDLES);
+        let mut http = WasiHttpCtx::new();
+        http.set_field_size_limit(HEADERS);
+        Self { wasi, http, table, egress: NoEgress, memory: Memory::new(mem_max) }
     }
 
     /// The table of resources.
@@ -66,34 +74,63 @@ impl WasiHttpView for Host {
 }
 
 /// Bounds all memories and tables of an instance together: the runtime's own limiter looks at each alone.
+///
+/// Wasmtime asks first and may fail afterwards, on the pool's own limits. It then says so, but not only then: a failure
+/// that was never asked about is told the same way. What is given back is therefore what was granted last, once.
 #[derive(Debug)]
 pub struct Memory {
     used: usize,
     most: usize,
+    granted: usize,
 }
 
 /// Bytes of one table element on the host.
 const ELEMENT: usize = size_of::<usize>();
 
 impl Memory {
-    fn grow(&mut self, current: usize, desired: usize) -> bool {
-        match self.used.checked_add(desired.saturating_sub(current)) {
+    fn new(most: u64) -> Self {
+        Self { used: 0, most: usize::try_from(most).unwrap_or(usize::MAX), granted: 0 }
+    }
+
+    /// `maximum` is what the module itself declares: beyond it Wasmtime refuses, so nothing may be counted.
+    fn grow(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> bool {
+        self.granted = 0;
+        if maximum.is_some_and(|maximum| desired > maximum) {
+            return false;
+        }
+        let more = desired.saturating_sub(current);
+        match self.used.checked_add(more) {
             Some(used) if used <= self.most => {
-                self.used = used;
+                (self.used, self.granted) = (used, more);
                 true
             }
             _ => false,
         }
     }
+
+    fn failed(&mut self) {
+        self.used -= std::mem::take(&mut self.granted);
+    }
 }
 
 impl ResourceLimiter for Memory {
-    fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        Ok(self.grow(current, desired))
+    fn memory_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> wasmtime::Result<bool> {
+        Ok(self.grow(current, desired, maximum))
     }
 
-    fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        Ok(self.grow(current.saturating_mul(ELEMENT), desired.saturating_mul(ELEMENT)))
+    fn memory_grow_failed(&mut self, _: wasmtime::Error) -> wasmtime::Result<()> {
+        self.failed();
+        Ok(())
+    }
+
+    fn table_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> wasmtime::Result<bool> {
+        let bytes = |elements: usize| elements.saturating_mul(ELEMENT);
+        Ok(self.grow(bytes(current), bytes(desired), maximum.map(bytes)))
+    }
+
+    fn table_grow_failed(&mut self, _: wasmtime::Error) -> wasmtime::Result<()> {
+        self.failed();
+        Ok(())
     }
 }
 
@@ -162,27 +199,47 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn failure() -> wasmtime::Error {
+        wasmtime::format_err!("no room in the pool")
+    }
+
     #[test]
     fn memories_and_tables_count_together() {
-        let mut memory = Memory { used: 0, most: 3 << 16 };
+        let mut memory = Memory::new(3 << 16);
         assert!(memory.memory_growing(0, 2 << 16, None).unwrap());
         assert!(memory.memory_growing(0, 1 << 16, None).unwrap(), "a second memory fits exactly");
         assert!(!memory.table_growing(0, 1, None).unwrap(), "a table of one element does not");
         assert!(!memory.memory_growing(2 << 16, usize::MAX, None).unwrap());
     }
 
+    #[test]
+    fn what_was_granted_and_failed_is_given_back_once() {
+        let mut memory = Memory::new(1 << 20);
+        assert!(memory.memory_growing(0, 1 << 19, None).unwrap());
+        assert!(memory.memory_growing(1 << 19, 1 << 20, None).unwrap());
+        memory.memory_grow_failed(failure()).unwrap();
+        memory.memory_grow_failed(failure()).unwrap();
+        assert_eq!(memory.used, 1 << 19);
+        assert!(!memory.memory_growing(1 << 19, 1 << 20, Some(1 << 19)).unwrap(), "beyond the module's own maximum");
+        memory.memory_grow_failed(failure()).unwrap();
+        assert_eq!(memory.used, 1 << 19, "nothing was granted, nothing is given back");
+    }
+
     proptest! {
         #[test]
-        fn no_sequence_of_growths_passes_the_bound(steps in proptest::collection::vec((0_usize..1 << 20, any::<bool>()), 0..50)) {
-            let mut memory = Memory { used: 0, most: 1 << 20 };
+        fn no_sequence_of_growths_passes_the_bound(steps in proptest::collection::vec((0_usize..1 << 20, any::<bool>(), any::<bool>()), 0..50)) {
+            let mut memory = Memory::new(1 << 20);
             let (mut linear, mut table) = (0, 0);
-            for (step, is_table) in steps {
-                if is_table {
-                    if memory.table_growing(table, table + step, None).unwrap() { table += step; }
-                } else if memory.memory_growing(linear, linear + step, None).unwrap() {
-                    linear += step;
+            for (step, is_table, fails) in steps {
+                let (size, unit) = if is_table { (&mut table, ELEMENT) } else { (&mut linear, 1) };
+                let asked = if is_table { memory.table_growing(*size, *size + step, None) } else { memory.memory_growing(*size, *size + step, None) };
+                match (asked.unwrap(), fails) {
+                    (true, true) => memory.memory_grow_failed(failure()).unwrap(),
+                    (true, false) => *size += step,
+                    (false, _) => prop_assert!(step * unit > 0),
                 }
-                prop_assert!(linear + table * ELEMENT <= 1 << 20);
+                prop_assert_eq!(memory.used, linear + table * ELEMENT);
+                prop_assert!(memory.used <= 1 << 20);
             }
         }
     }

@@ -66,8 +66,8 @@ pub(super) async fn answer(worker: Rc<Worker>, control: Channel) {
                     let _ = control.send(&Word::Instances { ticket }, &[list.as_fd()]).await;
                 }
             }
-            Err(wire::Error::Closed) => return,
-            Err(_) => {}
+            Err(wire::Error::Unknown(_) | wire::Error::Malformed) => {}
+            Err(_) => return,
         }
     }
 }

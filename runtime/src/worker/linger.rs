@@ -1,11 +1,13 @@
-//! A TCP stream that closes without cutting off its last answer.
+//! A TCP stream that closes without cutting off its last answer, and with a reset when an answer broke off.
 //!
 //! When a server closes a socket that still has unread bytes, the kernel resets the connection, and the reset can
 //! overtake the answer: a client whose request was refused for its size would never learn why. So, when there are
 //! unread bytes at the end, the stream is shut for writing and read for a bounded while.
 
+use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -21,6 +23,8 @@ const WITHIN: Duration = Duration::from_secs(2);
 /// A stream and, while it closes, how much longer.
 pub struct Lingering {
     stream: TcpStream,
+    /// Set when the connection is to end with a reset.
+    broken: Rc<Cell<bool>>,
     closing: Option<(usize, Pin<Box<Sleep>>)>,
     shut: bool,
 }
@@ -28,8 +32,17 @@ pub struct Lingering {
 impl Lingering {
     /// Takes over an accepted stream.
     #[must_use]
-    pub fn new(stream: TcpStream) -> Self {
-        Self { stream, closing: None, shut: false }
+    pub fn new(stream: TcpStream, broken: Rc<Cell<bool>>) -> Self {
+        Self { stream, broken, closing: None, shut: false }
+    }
+}
+
+impl Drop for Lingering {
+    fn drop(&mut self) {
+        if self.broken.get() {
+            // Zero seconds: closing then sends a reset instead of an end (socket(7)). If it fails, it ends as usual.
+            let _ = self.stream.set_zero_linger();
+        }
     }
 }
 
@@ -61,6 +74,9 @@ impl AsyncWrite for Lingering {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.broken.get() {
+            return Poll::Ready(Ok(()));
+        }
         if !self.shut {
             ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
             self.shut = true;
@@ -96,20 +112,38 @@ mod tests {
 
     /// A client that sends more than is read must still get the answer.
     #[tokio::test]
+    async fn a_broken_answer_ends_with_a_reset() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let broken = Rc::new(Cell::new(false));
+        let mut server = Lingering::new(stream, Rc::clone(&broken));
+        server.write_all(b"part").await.unwrap();
+        let mut part = [0; 4];
+        client.read_exact(&mut part).await.unwrap();
+        broken.set(true);
+        server.shutdown().await.unwrap();
+        drop(server);
+        assert_eq!(client.read(&mut part).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
     async fn the_last_answer_arrives_although_the_request_was_not_read() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, _) = listener.accept().await.unwrap();
         client.write_all(&vec![b'x'; 300_000]).await.unwrap();
-        let mut server = Lingering::new(stream);
+        let mut server = Lingering::new(stream, Rc::default());
         let mut some = [0; 10];
         server.read_exact(&mut some).await.unwrap();
         server.write_all(b"no").await.unwrap();
-        let closed = tokio::spawn(async move { server.shutdown().await });
         let mut answer = Vec::new();
-        client.read_to_end(&mut answer).await.unwrap();
+        let read = async {
+            client.read_to_end(&mut answer).await.unwrap();
+            drop(client);
+        };
+        let (closed, ()) = tokio::join!(server.shutdown(), read);
+        closed.unwrap();
         assert_eq!(answer, b"no");
-        drop(client);
-        closed.await.unwrap().unwrap();
     }
 }

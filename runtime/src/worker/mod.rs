@@ -28,7 +28,7 @@ use gaia_init::wire::{FromWorker, ToWorker};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::thread::CpuSet;
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinHandle;
 use wasmtime::Engine;
 
@@ -43,8 +43,14 @@ const TICK: Duration = Duration::from_millis(5);
 const BEAT: Duration = Duration::from_secs(1);
 /// A connection must send a request's whole head within this, and may be idle between requests for as long.
 const HEAD_WITHIN: Duration = Duration::from_secs(30);
+/// What a connection that has not asked for anything yet may take when the worker drains.
+const FIRST_HEAD_WITHIN: Duration = Duration::from_millis(100);
 /// What hyper may buffer of a connection, in bytes; a longer head is answered 431.
-const CONNECTION_BUFFER: usize = 64 * 1024;
+const CONNECTION_BUFFER: usize = 32 * 1024;
+/// Connections at a time: with their buffers full they take 256 MiB. More wait in the sockets' queues.
+const CONNECTIONS: usize = 8192;
+/// How long a client may leave an answer unread, in milliseconds.
+const UNREAD_FOR: u32 = 30_000;
 /// Faults written to the kernel's log each second; more are only counted, so that no guest can flood it.
 const FAULTS_PER_SECOND: u32 = 5;
 
@@ -123,10 +129,16 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let artefacts = descriptors.take_all("file-");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
-    let branes = local.block_on(&runtime, ready_all(&plan, &artefacts, &statistics))?;
+    let branes = link_all(&plan, &artefacts, &statistics)?;
     drop(artefacts);
-    let engines = branes.iter().map(|b| b.engine.clone()).collect();
-    tick(engines, place, descriptors.take("tick").ok())?;
+    // Before the first instance is made: its start may be the first thing that must be interrupted.
+    tick(branes.iter().map(|b| b.engine.clone()).collect(), place, descriptors.take("tick").ok())?;
+    local.block_on(&runtime, async {
+        for brane in &branes {
+            brane.first_instance().await?;
+        }
+        anyhow::Ok(())
+    })?;
     let worker = Rc::new(Worker {
         core: place.core,
         number: place.number,
@@ -138,20 +150,18 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     local.block_on(&runtime, live(worker, descriptors))
 }
 
-async fn ready_all(
+fn link_all(
     plan: &Plan,
     artefacts: &[(String, OwnedFd)],
     statistics: &Arc<Statistics>,
 ) -> anyhow::Result<Vec<Rc<Brane>>> {
-    let mut branes = Vec::with_capacity(plan.branes.len());
-    for (index, brane) in plan.branes.iter().enumerate() {
+    let link = |(index, brane): (usize, &plan::Brane)| {
         let artefact = artefacts.iter().find(|(name, _)| *name == brane.artefact);
         let (_, artefact) = artefact.with_context(|| format!("{}: its artefact was not handed down", brane.name))?;
         anyhow::ensure!(is_sealed(artefact), "{}: its artefact could still change", brane.name);
-        let ready = Brane::ready(brane, index, plan.workers, artefact, Arc::clone(statistics)).await?;
-        branes.push(Rc::new(ready));
-    }
-    Ok(branes)
+        Ok(Rc::new(Brane::link(brane, index, plan.workers, artefact, Arc::clone(statistics))?))
+    };
+    plan.branes.iter().enumerate().map(link).collect()
 }
 
 /// Starts the thread that ticks all engines' epochs, on the housekeeping cores. It must be a thread: a task would wait
@@ -194,8 +204,8 @@ enum Phase {
 async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let init = Rc::new(Channel::new(descriptors.take("init")?)?);
     let control = Channel::new(descriptors.take("control")?)?;
-    let own = listeners(descriptors.take_all("own-"))?;
-    let next = listeners(descriptors.take_all("next-"))?;
+    let own = descriptors.take_all("own-");
+    let next = descriptors.take_all("next-");
     let (phase, watching) = watch::channel(Phase::Held);
     init.send(&FromWorker::Ready, &[]).await.context("saying ready to init")?;
     tokio::task::spawn_local(instances::answer(Rc::clone(&worker), control));
@@ -209,19 +219,25 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
             }
         }
     });
-    let lent: RefCell<Vec<JoinHandle<()>>> = RefCell::default();
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let begin = |sockets: &[(String, OwnedFd)]| -> anyhow::Result<Vec<JoinHandle<()>>> {
+        let accept = |(_, socket): &(String, OwnedFd)| {
+            // A descriptor of its own: the event loop forgets it when the task ends, and the socket stays.
+            let listener = tokio::net::TcpListener::from_std(TcpListener::from(socket.try_clone()?))?;
+            let (worker, places) = (Rc::clone(&worker), Arc::clone(&places));
+            Ok(tokio::task::spawn_local(accept(worker, listener, places, watching.clone())))
+        };
+        sockets.iter().map(accept).collect()
+    };
+    let mut lent = Vec::new();
     loop {
         match init.receive::<ToWorker>().await {
             Ok((ToWorker::Accept, _)) => {
+                begin(&own)?;
                 phase.send_replace(Phase::Accepting);
-                for listener in &own {
-                    tokio::task::spawn_local(accept(Rc::clone(&worker), Rc::clone(listener), watching.clone()));
-                }
             }
-            Ok((ToWorker::Adopt, _)) => lent.borrow_mut().extend(next.iter().map(|listener| {
-                tokio::task::spawn_local(accept(Rc::clone(&worker), Rc::clone(listener), watching.clone()))
-            })),
-            Ok((ToWorker::Release, _)) => lent.borrow_mut().drain(..).for_each(|task| task.abort()),
+            Ok((ToWorker::Adopt, _)) => lent.extend(begin(&next)?),
+            Ok((ToWorker::Release, _)) => lent.drain(..).for_each(|task| task.abort()),
             // Without init nobody is left to say drain.
             Ok((ToWorker::Drain, _)) | Err(gaia_init::wire::Error::Closed) => break,
             Err(e) => say(worker.core, &format!("message from init dropped: {e}")),
@@ -235,25 +251,36 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
     Ok(())
 }
 
-type Listener = Rc<tokio::net::TcpListener>;
-
-fn listeners(sockets: Vec<(String, OwnedFd)>) -> anyhow::Result<Vec<Listener>> {
-    let listener = |(_, socket)| Ok(Rc::new(tokio::net::TcpListener::from_std(TcpListener::from(socket))?));
-    sockets.into_iter().map(listener).collect()
-}
-
-/// Accepts on one socket until the worker drains.
-async fn accept(worker: Rc<Worker>, listener: Listener, mut phase: watch::Receiver<Phase>) {
+/// Accepts on one socket until the worker drains, no more than there are places for.
+async fn accept(
+    worker: Rc<Worker>,
+    listener: tokio::net::TcpListener,
+    places: Arc<Semaphore>,
+    mut phase: watch::Receiver<Phase>,
+) {
     loop {
         let accepted = tokio::select! {
             biased;
             _ = phase.wait_for(|p| *p == Phase::Draining) => return,
-            accepted = listener.accept() => accepted,
+            accepted = one_more(&listener, &places) => accepted,
         };
         match accepted {
-            Ok((stream, peer)) => {
-                worker.statistics.worker.accepted.fetch_add(1, Relaxed);
-                tokio::task::spawn_local(connection(Rc::clone(&worker), stream, peer, phase.clone()));
+            Ok((stream, peer, place)) => {
+                let counters = &worker.statistics;
+                counters.worker.accepted.fetch_add(1, Relaxed);
+                let open = While::counted(counters, |page| &page.worker.open);
+                let fresh = While::counted(counters, |page| &page.worker.fresh);
+                let connection = serve::Connection {
+                    worker: Rc::clone(&worker),
+                    peer,
+                    fresh: RefCell::new(Some(fresh)),
+                    broken: Rc::default(),
+                };
+                let phase = phase.clone();
+                tokio::task::spawn_local(async move {
+                    serve_connection(Rc::new(connection), stream, phase).await;
+                    drop((open, place));
+                });
             }
             // Out of descriptors or memory: those in use come back as requests end.
             Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
@@ -261,28 +288,39 @@ async fn accept(worker: Rc<Worker>, listener: Listener, mut phase: watch::Receiv
     }
 }
 
+async fn one_more(
+    listener: &tokio::net::TcpListener,
+    places: &Arc<Semaphore>,
+) -> std::io::Result<(TcpStream, std::net::SocketAddr, OwnedSemaphorePermit)> {
+    let place = Arc::clone(places).acquire_owned().await.map_err(std::io::Error::other)?;
+    let (stream, peer) = listener.accept().await?;
+    Ok((stream, peer, place))
+}
+
 /// Serves one connection to its end, or to the end of its current request when the worker drains.
-async fn connection(
-    worker: Rc<Worker>,
-    stream: TcpStream,
-    peer: std::net::SocketAddr,
-    mut phase: watch::Receiver<Phase>,
-) {
-    let counters = Arc::clone(&worker.statistics);
-    let _open = While::counted(&counters.worker.open);
+async fn serve_connection(connection: Rc<serve::Connection>, stream: TcpStream, mut phase: watch::Receiver<Phase>) {
     let _ = stream.set_nodelay(true);
-    let service = hyper::service::service_fn(move |request| serve::serve(Rc::clone(&worker), request, peer));
-    let connection = hyper::server::conn::http1::Builder::new()
+    // A client that takes nothing for so long is gone, even if its machine still answers (tcp(7)).
+    let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, UNREAD_FOR);
+    let stream = linger::Lingering::new(stream, Rc::clone(&connection.broken));
+    let served = Rc::clone(&connection);
+    let service = hyper::service::service_fn(move |request| serve::serve(Rc::clone(&served), request));
+    let http = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_WITHIN)
         .max_buf_size(CONNECTION_BUFFER)
-        .pipeline_flush(true)
-        .serve_connection(TokioIo::new(linger::Lingering::new(stream)), service);
-    let mut connection = std::pin::pin!(connection);
+        .serve_connection(TokioIo::new(stream), service);
+    let mut http = std::pin::pin!(http);
     // What goes wrong on a connection is the client's to know: it sees it end.
     tokio::select! {
-        _ = connection.as_mut() => return,
-        _ = phase.wait_for(|p| *p == Phase::Draining) => connection.as_mut().graceful_shutdown(),
+        biased;
+        _ = http.as_mut() => return,
+        _ = phase.wait_for(|p| *p == Phase::Draining) => {}
     }
-    let _ = connection.await;
+    // Accepted, and its first request may be on its way: it gets a moment, and its answer.
+    if connection.fresh.borrow().is_some() && tokio::time::timeout(FIRST_HEAD_WITHIN, http.as_mut()).await.is_ok() {
+        return;
+    }
+    http.as_mut().graceful_shutdown();
+    let _ = http.await;
 }

@@ -1,21 +1,23 @@
 //! The request path: parse → route → take an instance → guest → respond → release.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, StatusCode, Uri, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Sleep;
+use wasmtime_wasi::I32Exit;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 use wasmtime_wasi_http::{Error, WasiHttpView as _};
@@ -23,22 +25,37 @@ use wasmtime_wasi_http::{Error, WasiHttpView as _};
 use super::Worker;
 use super::brane::Brane;
 use super::route;
+use crate::statistics::While;
+
+/// Requests that may wait for an instance of one brane in one worker; more are refused at once.
+const QUEUE: u64 = 1024;
 
 /// What goes out: the runtime's own few words, or the guest's stream.
 pub type Answer = Response<Either<Full<Bytes>, GuestBody>>;
 
-/// Serves one request on one of the worker's connections.
+/// One connection, as its requests see it.
+pub struct Connection {
+    /// The worker that accepted it.
+    pub worker: Rc<Worker>,
+    /// Who is at the other end.
+    pub peer: SocketAddr,
+    /// Counted until the first request's head has been read.
+    pub fresh: RefCell<Option<While>>,
+    /// An answer broke off: the client must see a reset, or it could take the part for the whole.
+    pub broken: Rc<Cell<bool>>,
+}
+
+/// Serves one request.
 ///
 /// # Errors
 /// Never; the type is what hyper wants.
-pub async fn serve(worker: Rc<Worker>, request: Request<Incoming>, peer: SocketAddr) -> Result<Answer, Infallible> {
+pub async fn serve(connection: Rc<Connection>, request: Request<Incoming>) -> Result<Answer, Infallible> {
     let began = Instant::now();
-    worker.statistics.worker.requests.fetch_add(1, Relaxed);
-    let inside = Inside::enter(Rc::clone(&worker));
-    Ok(match dispatch(&worker, request, peer, began, inside).await {
-        Ok(answer) => answer,
-        Err(own) => own.answer(),
-    })
+    let statistics = &connection.worker.statistics;
+    statistics.worker.requests.fetch_add(1, Relaxed);
+    let inside = While::counted(statistics, |page| &page.worker.inside);
+    connection.fresh.take();
+    Ok(dispatch(&connection, request, began, inside).await.unwrap_or_else(Own::answer))
 }
 
 /// An answer that the runtime gives itself.
@@ -65,51 +82,59 @@ impl Own {
 }
 
 async fn dispatch(
-    worker: &Rc<Worker>,
+    connection: &Connection,
     request: Request<Incoming>,
-    peer: SocketAddr,
     began: Instant,
-    inside: Inside,
+    inside: While,
 ) -> Result<Answer, Own> {
-    let (request, host) = normalised(request, peer)?;
+    let worker = &connection.worker;
+    let (request, host) = normalised(request, connection.peer)?;
     let Some(brane) = route::find(&worker.branes, &host, request.uri().path()) else {
         worker.statistics.worker.no_route.fetch_add(1, Relaxed);
         return Err(own(StatusCode::NOT_FOUND, "no brane is served here"));
     };
     brane.count().requests.fetch_add(1, Relaxed);
     let body_max = brane.plan.body_max;
+    let too_large = || own(StatusCode::PAYLOAD_TOO_LARGE, format!("the body may have {body_max} bytes"));
     if request.body().size_hint().lower() > body_max {
-        return Err(own(StatusCode::PAYLOAD_TOO_LARGE, format!("the body may have {body_max} bytes")));
+        return Err(too_large());
     }
     let deadline = began + brane.plan.deadline;
+    let permit = slot(&brane, deadline).await?;
     let over = Arc::new(AtomicBool::new(false));
     let request = request.map(|body| Bounded { body, left: body_max, over: Arc::clone(&over) });
-    let (sender, head) = tokio::sync::oneshot::channel();
-    let guest = Guest { brane: Rc::clone(&brane), worker: Rc::clone(worker), serial: Cell::new(0) };
-    let mut task = Task(tokio::task::spawn_local(run(guest, request, sender, deadline)));
-    let head = tokio::time::timeout_at(deadline.into(), head).await;
+    let (sender, head) = oneshot::channel();
+    let broken = Arc::new(AtomicBool::new(false));
+    let guest = Guest::begin(Rc::clone(worker), Rc::clone(&brane), Arc::clone(&broken), Arc::clone(&over));
+    let mut task = Task(tokio::task::spawn_local(run(guest, permit, request, sender, deadline)));
     let late = || {
         brane.count().late.fetch_add(1, Relaxed);
         own(StatusCode::GATEWAY_TIMEOUT, "the deadline passed before there was an answer")
     };
-    match head {
+    match tokio::time::timeout_at(deadline.into(), head).await {
         Err(_) => Err(late()),
-        Ok(Ok(_)) if over.load(Relaxed) => {
-            Err(own(StatusCode::PAYLOAD_TOO_LARGE, format!("the body may have {body_max} bytes")))
+        Ok(Ok(_)) if over.load(Relaxed) => Err(too_large()),
+        Ok(Ok(Ok(response))) if response.status().is_informational() => {
+            Err(own(StatusCode::BAD_GATEWAY, "the brane answered with an informational status"))
         }
         Ok(Ok(Ok(response))) => {
             let late = Box::pin(tokio::time::sleep_until(deadline.into()));
-            Ok(response.map(|body| Either::Right(GuestBody { body, late, brane, _task: task, _inside: inside })))
+            let reset = Rc::clone(&connection.broken);
+            Ok(response.map(|body| {
+                Either::Right(GuestBody { body, late, broken, reset, brane, _task: task, _inside: inside })
+            }))
         }
         Ok(Ok(Err(code))) => {
             Err(own(StatusCode::BAD_GATEWAY, format!("the brane answered with an error: {}", word(&code))))
         }
-        // The guest is gone and has set no response: the task's end says why.
-        Ok(Err(_)) => match tokio::time::timeout_at(deadline.into(), &mut task.0).await {
-            Err(_) => Err(late()),
-            Ok(Ok(Ok(()))) => Err(own(StatusCode::BAD_GATEWAY, "the brane ended without a response")),
-            Ok(Ok(Err(ended))) => Err(ended.own()),
-            Ok(Err(_)) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, "the runtime failed")),
+        // The guest has ended without an answer: how, its task says.
+        Ok(Err(_)) => match (&mut task.0).await {
+            _ if over.load(Relaxed) => Err(too_large()),
+            Ok(Ended::Returned) => Err(own(StatusCode::BAD_GATEWAY, "the brane ended without a response")),
+            Ok(Ended::Late) => Err(late()),
+            Ok(Ended::Trap(id)) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, format!("the brane trapped: {id}"))),
+            Ok(Ended::Host(id)) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, format!("the runtime failed: {id}"))),
+            Err(_) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, "the runtime failed")),
         },
     }
 }
@@ -119,22 +144,48 @@ fn word(code: &ErrorCode) -> String {
     format!("{code:?}").chars().take_while(|c| c.is_ascii_alphanumeric() || *c == ':').collect()
 }
 
+/// Waits for one of the brane's slots: not longer than the deadline, and not behind too many others.
+async fn slot(brane: &Brane, deadline: Instant) -> Result<OwnedSemaphorePermit, Own> {
+    if let Ok(permit) = Arc::clone(&brane.slots).try_acquire_owned() {
+        return Ok(permit);
+    }
+    let refused = || {
+        brane.count().refused.fetch_add(1, Relaxed);
+        Own { retry_after: Some(1), ..own(StatusCode::SERVICE_UNAVAILABLE, "all instances are busy") }
+    };
+    if brane.count().waiting.load(Relaxed) >= QUEUE {
+        return Err(refused());
+    }
+    let _waiting = brane.waiting();
+    match tokio::time::timeout_at(deadline.into(), Arc::clone(&brane.slots).acquire_owned()).await {
+        Ok(Ok(permit)) => Ok(permit),
+        _ => Err(refused()),
+    }
+}
+
 /// Checks what HTTP/1.1 demands and puts the request into the form that guests see: an authority in the URI, one
 /// `Forwarded` header that is the runtime's. Also returns the host it is for, lower case, without port.
 fn normalised(mut request: Request<Incoming>, peer: SocketAddr) -> Result<(Request<Incoming>, String), Own> {
-    if request.headers().contains_key(header::UPGRADE) {
-        return Err(own(StatusCode::NOT_IMPLEMENTED, "no protocol to upgrade to"));
+    if request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT {
+        return Err(own(StatusCode::NOT_IMPLEMENTED, "no protocol to upgrade to, and no tunnels"));
     }
     let bad = |what: &str| own(StatusCode::BAD_REQUEST, what);
-    let authority = match request.uri().authority() {
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    let authority = match (request.uri().authority(), hosts.next(), hosts.next()) {
+        (_, _, Some(_)) => return Err(bad("more than one Host")),
         // In absolute form the URI counts and `Host` does not (RFC 9112, section 3.2.2).
-        Some(authority) => authority.clone(),
-        None => match request.headers().get(header::HOST) {
-            Some(host) => host.to_str().ok().and_then(|h| h.parse().ok()).ok_or_else(|| bad("Host is not a host"))?,
-            None if request.version() == http::Version::HTTP_10 => http::uri::Authority::from_static("localhost"),
-            None => return Err(bad("Host is missing")),
-        },
+        (Some(authority), ..) => authority.clone(),
+        (None, Some(host), _) => {
+            host.to_str().ok().and_then(|h| h.parse().ok()).ok_or_else(|| bad("Host is not a host"))?
+        }
+        (None, None, _) if request.version() == http::Version::HTTP_10 => {
+            http::uri::Authority::from_static("localhost")
+        }
+        (None, None, _) => return Err(bad("Host is missing")),
     };
+    if authority.as_str().contains('@') {
+        return Err(bad("a host has no user before it"));
+    }
     let host = authority.host().to_ascii_lowercase();
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
     parts.scheme = Some(http::uri::Scheme::HTTP);
@@ -152,103 +203,110 @@ fn normalised(mut request: Request<Incoming>, peer: SocketAddr) -> Result<(Reque
     Ok((request, host))
 }
 
-/// Why a guest ended without having answered.
+/// How a guest's work ended.
 enum Ended {
-    Queue(Duration),
+    /// `handle` came back, or the guest exited by its own will.
+    Returned,
+    /// The deadline passed.
+    Late,
+    /// The guest trapped; the instance's name, under which the cause is in the log.
     Trap(String),
+    /// The runtime could not do its part; likewise.
     Host(String),
-}
-
-impl Ended {
-    fn own(self) -> Own {
-        match self {
-            Self::Queue(wait) => Own {
-                retry_after: Some(wait.as_secs().max(1)),
-                ..own(StatusCode::SERVICE_UNAVAILABLE, "all instances are busy")
-            },
-            Self::Trap(id) => own(StatusCode::INTERNAL_SERVER_ERROR, format!("the brane trapped: {id}")),
-            Self::Host(id) => own(StatusCode::INTERNAL_SERVER_ERROR, format!("the runtime failed: {id}")),
-        }
-    }
 }
 
 /// An instance at work; the counts go down when it is gone, however it goes.
 struct Guest {
-    brane: Rc<Brane>,
     worker: Rc<Worker>,
-    serial: Cell<u64>,
+    brane: Rc<Brane>,
+    serial: u64,
+    /// Set before the instance's part of the answer's stream is dropped, when it ended as it should not.
+    broken: Arc<AtomicBool>,
+    /// The client sent more than it may: what the guest makes of that is not the guest's fault.
+    over: Arc<AtomicBool>,
 }
 
 impl Guest {
+    fn begin(worker: Rc<Worker>, brane: Rc<Brane>, broken: Arc<AtomicBool>, over: Arc<AtomicBool>) -> Self {
+        let serial = brane.begin(worker.number, worker.workers);
+        brane.count().busy.fetch_add(1, Relaxed);
+        brane.count().instances.fetch_add(1, Relaxed);
+        Self { worker, brane, serial, broken, over }
+    }
+
+    /// The instance's name.
     fn id(&self) -> String {
-        format!("{}.{:03}", self.brane.plan.name, self.serial.get())
+        format!("{}.{:03}", self.brane.plan.name, self.serial)
+    }
+
+    fn trapped(&self, cause: &wasmtime::Error) -> Ended {
+        if !self.over.load(Relaxed) {
+            self.brane.count().traps.fetch_add(1, Relaxed);
+            self.worker.fault(&format!("{}: trap: {}", self.id(), cause.root_cause()));
+        }
+        Ended::Trap(self.id())
+    }
+
+    fn failed(&self, what: &str, cause: &wasmtime::Error) -> Ended {
+        self.worker.fault(&format!("{}: {what}: {cause:#}", self.id()));
+        Ended::Host(self.id())
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        if self.serial.get() > 0 {
-            self.brane.end(self.serial.get());
-            self.brane.count().busy.fetch_sub(1, Relaxed);
-        }
+        self.brane.end(self.serial);
+        self.brane.count().busy.fetch_sub(1, Relaxed);
     }
 }
 
 type Head = Result<Response<HyperOutgoingBody>, ErrorCode>;
 
-/// Waits for a slot, makes a fresh instance, lets it handle the request, and releases it: after the answer's head has
-/// gone out, so not on the request's own time.
+/// Makes a fresh instance, lets it handle the request, and releases it: after the answer's head has gone out, so not on
+/// the request's own time. Ends at the deadline whether or not anyone still reads the answer.
 async fn run(
     guest: Guest,
+    permit: OwnedSemaphorePermit,
     request: Request<Bounded>,
-    head: tokio::sync::oneshot::Sender<Head>,
+    head: oneshot::Sender<Head>,
     deadline: Instant,
-) -> Result<(), Ended> {
+) -> Ended {
     let brane = &guest.brane;
-    let permit = match brane.slots.try_acquire() {
-        Ok(permit) => permit,
-        Err(_) => {
-            let waiting = crate::statistics::While::counted(&brane.count().waiting);
-            let permit = tokio::time::timeout_at(deadline.into(), brane.slots.acquire()).await;
-            drop(waiting);
-            match permit {
-                Ok(Ok(permit)) => permit,
-                _ => {
-                    brane.count().refused.fetch_add(1, Relaxed);
-                    return Err(Ended::Queue(brane.plan.deadline));
-                }
-            }
-        }
-    };
     let dispatched = Instant::now();
-    guest.serial.set(brane.begin(guest.worker.number, guest.worker.workers));
-    brane.count().busy.fetch_add(1, Relaxed);
-    brane.count().instances.fetch_add(1, Relaxed);
     let mut store = brane.store();
-    let failed = |what: &str, e: wasmtime::Error| {
-        let id = guest.id();
-        guest.worker.fault(&format!("{id}: {what}: {e:#}"));
-        Ended::Host(id)
-    };
     let mut http = store.data_mut().http();
-    let request = http.new_incoming_request(Scheme::Http, request).map_err(|e| failed("request", e))?;
-    let outparam = http.new_response_outparam(head).map_err(|e| failed("response", e))?;
-    let proxy = brane.pre().instantiate_async(&mut store).await.map_err(|e| failed("instantiate", e))?;
-    let cold = u64::try_from(dispatched.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    brane.count().cold_ns.fetch_add(cold, Relaxed);
-    let outcome = proxy.wasi_http_incoming_handler().call_handle(&mut store, request, outparam).await;
+    let request = match http.new_incoming_request(Scheme::Http, request) {
+        Ok(request) => request,
+        Err(e) => return guest.failed("request", &e),
+    };
+    let outparam = match http.new_response_outparam(head) {
+        Ok(outparam) => outparam,
+        Err(e) => return guest.failed("response", &e),
+    };
+    let work = async {
+        let proxy = brane.pre().instantiate_async(&mut store).await.map_err(|e| guest.failed("instantiate", &e))?;
+        let cold = u64::try_from(dispatched.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        brane.count().cold_ns.fetch_add(cold, Relaxed);
+        Ok(proxy.wasi_http_incoming_handler().call_handle(&mut store, request, outparam).await)
+    };
+    let ended = match tokio::time::timeout_at(deadline.into(), work).await {
+        Err(_) => Ended::Late,
+        Ok(Err(ended)) => ended,
+        Ok(Ok(Ok(()))) => Ended::Returned,
+        Ok(Ok(Err(e))) if e.downcast_ref::<I32Exit>().is_some() => Ended::Returned,
+        Ok(Ok(Err(e))) => guest.trapped(&e),
+    };
+    if !matches!(ended, Ended::Returned) {
+        guest.broken.store(true, Relaxed);
+    }
+    // The store first: what the instance held must be back in the pool before the slot is free.
     drop(store);
     drop(permit);
-    outcome.map_err(|e| {
-        brane.count().traps.fetch_add(1, Relaxed);
-        let id = guest.id();
-        guest.worker.fault(&format!("{id}: trap: {}", e.root_cause()));
-        Ended::Trap(id)
-    })
+    ended
 }
 
 /// A guest's task that ends with its request.
-struct Task(JoinHandle<Result<(), Ended>>);
+struct Task(JoinHandle<Ended>);
 
 impl Drop for Task {
     fn drop(&mut self) {
@@ -256,29 +314,16 @@ impl Drop for Task {
     }
 }
 
-/// One request inside, until its answer's last byte.
-pub struct Inside(Rc<Worker>);
-
-impl Inside {
-    fn enter(worker: Rc<Worker>) -> Self {
-        worker.statistics.worker.inside.fetch_add(1, Relaxed);
-        Self(worker)
-    }
-}
-
-impl Drop for Inside {
-    fn drop(&mut self) {
-        self.0.statistics.worker.inside.fetch_sub(1, Relaxed);
-    }
-}
-
-/// A guest's answer on its way out. When the deadline passes first, the stream is reset.
+/// A guest's answer on its way out. When the deadline passes first, or the guest ends as it should not, the connection
+/// is reset: the part must not look like the whole.
 pub struct GuestBody {
     body: HyperOutgoingBody,
     late: Pin<Box<Sleep>>,
+    broken: Arc<AtomicBool>,
+    reset: Rc<Cell<bool>>,
     brane: Rc<Brane>,
     _task: Task,
-    _inside: Inside,
+    _inside: While,
 }
 
 impl Body for GuestBody {
@@ -288,9 +333,21 @@ impl Body for GuestBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         if self.late.as_mut().poll(cx).is_ready() {
             self.brane.count().late.fetch_add(1, Relaxed);
+            self.reset.set(true);
             return Poll::Ready(Some(Err(Error::HttpResponseTimeout)));
         }
-        Pin::new(&mut self.body).poll_frame(cx)
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        match frame {
+            None if self.broken.load(Relaxed) => {
+                self.reset.set(true);
+                Poll::Ready(Some(Err(Error::HttpResponseIncomplete)))
+            }
+            Some(Err(e)) => {
+                self.reset.set(true);
+                Poll::Ready(Some(Err(e)))
+            }
+            other => Poll::Ready(other),
+        }
     }
 
     fn is_end_stream(&self) -> bool {
@@ -314,7 +371,7 @@ impl Body for Bounded {
     type Error = Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         let size = match &frame {
             Some(Ok(frame)) => frame.data_ref().map_or(0, Bytes::len) as u64,
             _ => 0,
