@@ -142,7 +142,7 @@ clippy:
 
 .PHONY: unit
 unit:
-	@cargo test $(FLAGS) --lib --bins
+	@cargo test $(FLAGS) --lib --bins --test golden --test properties
 	@cargo test $(FLAGS) --doc
 	@cargo test $(FLAGS) -p gaia-branes --lib
 
@@ -159,7 +159,7 @@ test-image: out/initramfs-test.zst
 
 .PHONY: vm-tests
 vm-tests:
-	@cargo test $(FLAGS) --test it -- --test-threads=1
+	@cargo test $(FLAGS) --test firmware --test run --test it -- --test-threads=1
 
 # --- Files ------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 //! All settings of Wasmtime, in one place.
 //!
-//! What shapes machine code is in [`base`], so that what compile makes is what a worker may map; what shapes memory
+//! What shapes machine code is in `base`, so that what compile makes is what a worker may map; what shapes memory
 //! is in [`for_worker`]. Each setting has its reason beside it; figures are measured by `make bench` unless said.
 
 use wasmtime::{Config, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};

@@ -13,14 +13,15 @@
 //! ```
 
 pub mod channel;
+pub mod check;
 pub mod client;
 pub mod compile;
 pub mod console;
 pub mod control;
 pub mod engine;
 pub mod link;
-pub mod manifest;
 pub mod operate;
 pub mod plan;
+pub mod review;
 pub mod statistics;
 pub mod worker;

@@ -8,10 +8,9 @@ use wasmtime_wasi::random::WasiRandom;
 use wasmtime_wasi_http::p2::bindings as wasi_http;
 use wasmtime_wasi_http::{WasiHttp, WasiHttpView as _};
 
-use crate::compile::Import;
 use crate::worker::host::{Host, Io};
 
-/// Interfaces without authority: every brane has them. Names without their version; `*` stands for one more segment.
+/// Interfaces without authority: every brane has them. Names without their version.
 pub const BASE: &[&str] = &[
     "wasi:io/error",
     "wasi:io/poll",
@@ -58,42 +57,17 @@ pub const KEYS: &[(&str, &[&str])] = &[
     ("random", &["wasi:random/random"]),
 ];
 
-/// Why a component's import is not linked.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// A capability would link it.
-    #[error("imports {import}, which needs \"{key}\"; the manifest does not grant it")]
-    NotGranted {
-        /// The interface.
-        import: String,
-        /// The key that links it.
-        key: &'static str,
-    },
-    /// Nothing links it.
-    #[error("imports {import}, which this runtime does not have")]
-    Unknown {
-        /// The interface.
-        import: String,
-    },
+/// The name of an interface without its version.
+#[must_use]
+pub fn unversioned(import: &str) -> &str {
+    import.split_once('@').map_or(import, |(name, _)| name)
 }
 
-/// Holds the imports against what is granted (keys of [`KEYS`]), and returns all that are refused.
+/// The keys that link an interface; none if it is in the base, or if nothing links it.
 #[must_use]
-pub fn refused(imports: &[Import], granted: &[&str]) -> Vec<Refusal> {
-    let check = |import: &&Import| {
-        let name = import.name.split_once('@').map_or(import.name.as_str(), |(name, _)| name);
-        let linked = BASE.contains(&name)
-            || KEYS.iter().any(|(key, interfaces)| granted.contains(key) && interfaces.contains(&name));
-        if linked || !import.authority {
-            return None;
-        }
-        let import = import.name.clone();
-        Some(match KEYS.iter().find(|(_, interfaces)| interfaces.contains(&name)) {
-            Some((key, _)) => Refusal::NotGranted { import, key },
-            None => Refusal::Unknown { import },
-        })
-    };
-    imports.iter().filter_map(|import| check(&import)).collect()
+pub fn keys_of(import: &str) -> Vec<&'static str> {
+    let name = unversioned(import);
+    KEYS.iter().filter(|(_, interfaces)| interfaces.contains(&name)).map(|(key, _)| *key).collect()
 }
 
 /// Makes a linker with the base alone.
@@ -130,31 +104,21 @@ pub fn base(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Host>> {
 mod tests {
     use super::*;
 
-    fn import(name: &str, authority: bool) -> Import {
-        Import { name: name.into(), authority }
+    #[test]
+    fn an_interface_knows_its_keys() {
+        assert_eq!(keys_of("wasi:http/outgoing-handler@0.2.12"), ["net.http"]);
+        assert_eq!(keys_of("wasi:sockets/network@0.2.12"), ["net.dns", "net.tcp", "net.udp"]);
+        assert!(keys_of("wasi:io/streams@0.2.12").is_empty());
     }
 
     #[test]
-    fn the_base_needs_no_grant_and_the_rest_names_its_key() {
-        let imports = [
-            import("wasi:io/streams@0.2.6", true),
-            import("wasi:http/outgoing-handler@0.2.6", true),
-            import("wasi:clocks/monotonic-clock@0.2.6", false),
-            import("acme:secret/door@1.0.0", true),
-        ];
-        let refused = refused(&imports, &[]);
-        assert_eq!(refused.len(), 2);
-        assert_eq!(
-            refused[0].to_string(),
-            "imports wasi:http/outgoing-handler@0.2.6, which needs \"net.http\"; the manifest does not grant it"
-        );
-        assert!(matches!(&refused[1], Refusal::Unknown { import } if import == "acme:secret/door@1.0.0"));
-    }
-
-    #[test]
-    fn a_grant_links_its_interfaces_only() {
-        let imports = [import("wasi:http/outgoing-handler@0.2.6", true), import("wasi:sockets/tcp@0.2.6", true)];
-        assert_eq!(refused(&imports, &["net.http"]).len(), 1);
+    fn no_interface_is_both_inert_and_granted() {
+        for (key, interfaces) in KEYS {
+            assert!(gaia_manifest::KEYS.contains(key), "{key} cannot be written in a manifest");
+            for interface in *interfaces {
+                assert!(!BASE.contains(interface), "{interface}");
+            }
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! `gaia`: the operator's command, and each of the runtime's roles.
 
-use std::io::{Write as _, stderr, stdin, stdout};
-use std::path::PathBuf;
+use std::io::{IsTerminal as _, Write as _, stderr, stdin, stdout};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use gaia_runtime::check::Review;
 use gaia_runtime::client::{Client, DEFAULT_SOCKET};
 use gaia_runtime::console::{self, Mode};
 use gaia_runtime::operate;
@@ -28,6 +29,14 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Operate(operate::Command),
+    /// The security review of a manifest: what its components import, what it grants, what is missing or too much
+    Check {
+        /// The manifest; images are looked up beside it
+        file: PathBuf,
+        /// Print the smallest grants that link, ready to paste
+        #[arg(long)]
+        suggest: bool,
+    },
     /// A prompt that takes these commands: what the serial port of the appliance runs
     Console,
     /// A process of the runtime: started by init, not by hand
@@ -55,6 +64,7 @@ fn main() -> ExitCode {
         Command::Operate(command) => operate::run(&command, &client, cli.json)
             .map_err(anyhow::Error::from)
             .and_then(|text| Ok(stdout().write_all(text.as_bytes())?)),
+        Command::Check { file, suggest } => return check(&file, suggest, cli.json),
         Command::Console => {
             let observe = std::env::var("GAIA_CONSOLE").is_ok_and(|mode| mode == "observe");
             let mode = if observe { Mode::Observe } else { Mode::Operate };
@@ -77,6 +87,26 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Reviews a manifest: the screen on standard output, what is wrong on standard error, 1 if there are errors.
+fn check(file: &Path, suggest: bool, json: bool) -> ExitCode {
+    let review = match Review::of(file) {
+        Ok(review) => review,
+        Err(e) => {
+            let _ = stderr().write_all(format!("gaia: {e}\n").as_bytes());
+            return ExitCode::from(2);
+        }
+    };
+    let info = rustix::system::sysinfo();
+    let text = match (json, suggest) {
+        (true, _) => review.json(),
+        (false, true) => review.suggestion(),
+        (false, false) => review.screen(info.totalram * u64::from(info.mem_unit)),
+    };
+    let wrong = if json { String::new() } else { review.diagnostics(stderr().is_terminal()) };
+    let written = stderr().write_all(wrong.as_bytes()).and_then(|()| stdout().write_all(text.as_bytes()));
+    if review.errors() > 0 || written.is_err() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 /// A role that panics ends at once: what it was in the middle of cannot be trusted, and init starts it again.

@@ -36,7 +36,7 @@ pub struct Brane {
     pub artefact: String,
     /// What an instance of it needs of the pool.
     pub needs: Needs,
-    /// Host of its requests, lower case; `None` takes any.
+    /// Host of its requests as the manifest writes it, lower case: exact or `*.example.org`; `None` takes any.
     pub host: Option<String>,
     /// Path prefix of its requests, on segment boundaries.
     pub path: String,

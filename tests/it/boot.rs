@@ -20,7 +20,7 @@ fn it_serves_from_a_component_shows_itself_and_powers_off_without_a_complaint() 
     appliance.line("poweroff", SOON).unwrap();
     console.send_line("gaia status").unwrap();
     appliance.line("serves   generation 1, 1 branes", SOON).unwrap();
-    for role in ["init", "control", "console", "worker@0", "worker@1"] {
+    for role in ["init", "console", "control", "worker@0", "worker@1"] {
         let line = appliance.line(role, SOON).unwrap();
         assert!(line.contains(" up "), "{line}");
     }
@@ -78,10 +78,16 @@ fn settings_that_do_not_parse_give_defaults_and_say_why() {
 #[test]
 fn a_graph_that_is_not_good_changes_nothing_and_says_all_that_is_wrong() {
     let graph = "[brane.hello]\nimage = \"file:./hello.wasm\"\n\n[brane.fetch]\nimage = \"file:./cloud-fetch.wasm\"\n\n\
-                 [brane.small]\nimage = \"file:./hello.wasm\"\nlimits = { mem_max = \"1 kB\" }\n";
+                 [brane.small]\nimage = \"file:./hello.wasm\"\nlimits = { mem_max = \"64 KiB\" }\n";
     let appliance = Appliance::boot(&Setup::default().graph(graph)).unwrap();
     let transcript = appliance.machine().console().transcript();
-    for words in ["2 errors, nothing is changed", "needs \"net.http\"", "limits.mem_max is 1000"] {
+    for words in [
+        "2 errors, nothing is changed",
+        "needs \"net.http\"",
+        "graph.zgraph.toml:4:8",
+        "mem_max is 65536",
+        "graph.zgraph.toml:9:22",
+    ] {
         assert!(transcript.contains(words), "no {words:?} in\n{transcript}");
     }
     assert_eq!(appliance.get("/hello").unwrap().status, 404, "not even the brane that is good");

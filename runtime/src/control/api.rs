@@ -99,7 +99,9 @@ async fn end(control: &Control, how: FromControl, words: &str) -> Answer {
 }
 
 async fn status(control: &Control) -> anyhow::Result<Status> {
-    let roles = control.init.roles().await?;
+    let mut roles = control.init.roles().await?;
+    // Who started when says nothing: init first, then by name.
+    roles.sort_by(|a, b| (a.name != "init", &a.name).cmp(&(b.name != "init", &b.name)));
     let worker = |w: &Rc<super::Worker>| {
         let counters = &w.statistics.worker;
         report::Worker {

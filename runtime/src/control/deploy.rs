@@ -2,7 +2,7 @@
 //!
 //! Any failure before the start leaves everything as it was, and says where it lies.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,6 +12,7 @@ use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use gaia_init::supervise::MAX_COMPILERS;
 use gaia_init::wire::FromControl;
+use gaia_manifest::{Brane, Diagnostic, Image, Manifest, Severity};
 use rustix::fs::{Mode, OFlags};
 use sha2::{Digest as _, Sha256};
 
@@ -19,16 +20,13 @@ use super::Control;
 use super::init::Found;
 use crate::channel::{Channel, is_sealed, read_whole, sealed};
 use crate::compile::{self, MAX_COMPONENT, MAX_REPORT, Report, Word};
-use crate::manifest::{self, Manifest};
 use crate::plan::{self, Plan};
-use crate::{engine, link};
+use crate::{engine, review};
 
 /// The graph's name in the seed.
 const GRAPH: &str = "graph.zgraph.toml";
 /// What an appliance says that was given none.
 const NO_GRAPH: &str = "no graph: every request is answered 404 until one is deployed";
-/// What a component must export to be served.
-const HANDLER: &str = "wasi:http/incoming-handler";
 
 /// A compiled component.
 struct Compiled {
@@ -86,32 +84,34 @@ async fn planned(
     workers: u32,
     generation: u32,
 ) -> anyhow::Result<(Plan, Vec<(String, OwnedFd)>)> {
-    let text = match read(seed, GRAPH, manifest::MAX_BYTES) {
+    let text = match read(seed, GRAPH, gaia_manifest::MAX_BYTES as u64) {
         Err(e) if e.kind() == ErrorKind::NotFound => anyhow::bail!(NO_GRAPH),
         other => other.with_context(|| format!("reading {GRAPH}"))?,
     };
     let text = String::from_utf8(text).with_context(|| format!("{GRAPH} is not UTF-8"))?;
-    let manifest = manifest::parse(&text).map_err(|wrong| listed(GRAPH, &wrong))?;
-    for warning in manifest.warnings() {
-        control.say(&format!("{GRAPH}: warning: {warning}")).await;
-        control.words.borrow_mut().push(warning);
-    }
-    let (compiled, mut wrong) = compile_all(control, seed, &manifest).await;
+    let manifest = gaia_manifest::parse(&text).map_err(|wrong| refused(&text, &wrong))?;
+    let mut said = review::unsupported(&manifest);
+    let (compiled, failed) = compile_all(control, seed, &manifest).await;
+    said.extend(failed);
     let mut branes = Vec::new();
-    for (name, brane) in manifest.brane {
-        let Some(compiled) = compiled.get(&brane.image) else { continue };
-        match brane_of(name, brane, compiled) {
-            Ok(brane) => branes.push(brane),
-            Err(reasons) => wrong.extend(reasons),
-        }
+    for brane in &manifest.branes {
+        let Some(compiled) = compiled.get(&brane.image.value.to_string()) else { continue };
+        said.extend(review::of(brane, &compiled.report));
+        branes.extend(compiled.report.needs.map(|needs| planned_brane(brane, compiled, needs)));
     }
     let memories: u64 = branes.iter().map(|b| u64::from(b.slots(workers)) * u64::from(b.needs.memories.max(1))).sum();
     if memories > engine::MEMORIES_PER_WORKER {
         let most = engine::MEMORIES_PER_WORKER;
-        wrong.push(format!("{memories} instances in each worker, but the address space holds {most}: fewer replicas"));
+        let message = format!("{memories} instances in each worker, but the address space holds {most}");
+        said.push(Diagnostic::error(0..0, message, "all of it together").help("fewer replicas"));
     }
-    if !wrong.is_empty() {
-        return Err(listed(GRAPH, &wrong));
+    said.sort_by_key(|d| d.span.start);
+    if said.iter().any(|d| d.severity == Severity::Error) {
+        return Err(refused(&text, &said));
+    }
+    for warning in &said {
+        control.say(&warning.render(GRAPH, &text, false)).await;
+        control.words.borrow_mut().push(warning.message.clone());
     }
     let mut artefacts: Vec<_> = compiled.into_values().map(|c| (artefact_name(&c.digest), c.artefact)).collect();
     artefacts.sort_by(|a, b| a.0.cmp(&b.0));
@@ -119,83 +119,64 @@ async fn planned(
     Ok((Plan { generation, workers, branes }, artefacts))
 }
 
-/// The link stage for one brane: what it becomes in the plan, or all reasons why it cannot.
-fn brane_of(name: String, brane: manifest::Brane, compiled: &Compiled) -> Result<plan::Brane, Vec<String>> {
-    let report = &compiled.report;
-    let mut wrong: Vec<String> = link::refused(&report.imports, &[]).iter().map(|r| format!("{name} {r}")).collect();
-    if let (true, Some(reason)) = (wrong.is_empty(), &report.unlinked) {
-        wrong.push(format!("{name} cannot be linked: {reason}"));
-    }
-    if !report.exports.iter().any(|e| e.split('@').next() == Some(HANDLER)) {
-        wrong.push(format!("{name} does not export {HANDLER}, so no request could be given to it"));
-    }
-    let most = brane.limits.mem_max.0;
-    match report.needs {
-        None => wrong.push(format!("{name}: its component imports or exports modules, so its needs cannot be known")),
-        Some(needs) if needs.initial_memory > most => {
-            let needed = needs.initial_memory;
-            wrong.push(format!("{name} starts with {needed} bytes of memory, but limits.mem_max is {most}"));
-        }
-        Some(_) => {}
-    }
-    let (true, Some(needs)) = (wrong.is_empty(), report.needs) else { return Err(wrong) };
-    Ok(plan::Brane {
-        path: brane.ingress.path.unwrap_or_else(|| format!("/{name}")),
-        host: brane.ingress.host.map(|h| h.to_ascii_lowercase()),
-        image: brane.image,
+fn planned_brane(brane: &Brane, compiled: &Compiled, needs: plan::Needs) -> plan::Brane {
+    plan::Brane {
+        name: brane.name.value.clone(),
+        image: brane.image.value.to_string(),
         digest: compiled.digest.clone(),
         artefact: artefact_name(&compiled.digest),
         needs,
+        host: brane.ingress.host.as_ref().map(ToString::to_string),
+        path: brane.ingress.path.clone(),
         replicas: brane.replicas,
-        mem_max: most,
-        deadline: brane.limits.deadline.0,
-        body_max: brane.limits.body_max.0,
-        name,
-    })
+        mem_max: brane.limits.mem_max.value,
+        deadline: brane.limits.deadline,
+        body_max: brane.limits.body_max,
+    }
 }
 
 fn artefact_name(digest: &str) -> String {
     format!("artefact-{}", digest.get(..32).unwrap_or(digest))
 }
 
-fn listed(what: &str, wrong: &[String]) -> anyhow::Error {
-    let mut words =
-        format!("{what}: {} error{}, nothing is changed", wrong.len(), if wrong.len() == 1 { "" } else { "s" });
-    for w in wrong {
-        let _ = write!(words, "\n{w}");
+/// All that is to be said about a graph that is refused.
+fn refused(source: &str, said: &[Diagnostic]) -> anyhow::Error {
+    let errors = said.iter().filter(|d| d.severity == Severity::Error).count();
+    let mut words = format!("{GRAPH}: {errors} error{}, nothing is changed", if errors == 1 { "" } else { "s" });
+    for diagnostic in said {
+        let _ = write!(words, "\n{}", diagnostic.render(GRAPH, source, false));
     }
     anyhow::anyhow!(words)
 }
 
-/// Compiles each image once. Returns what became of them by name, and what went wrong with the others.
+/// Compiles each image once. Returns what became of them by image, and what went wrong with the others.
 async fn compile_all(
     control: &Control,
     seed: &OwnedFd,
     manifest: &Manifest,
-) -> (HashMap<String, Compiled>, Vec<String>) {
-    let images: BTreeSet<&str> = manifest.brane.values().map(|brane| brane.image.as_str()).collect();
-    let mut all = HashMap::with_capacity(images.len());
+) -> (HashMap<String, Compiled>, Vec<Diagnostic>) {
+    let files = manifest.branes.iter().filter_map(|brane| match &brane.image.value {
+        Image::File(path) => Some((path.as_str(), brane)),
+        Image::Name { .. } => None,
+    });
+    let files: BTreeMap<&str, &Brane> = files.collect();
+    let mut all = HashMap::with_capacity(files.len());
     let mut wrong = Vec::new();
-    let mut working = futures_util::stream::iter(images)
-        .map(async |image| {
-            let name = manifest::file_name(image).with_context(|| format!("{image:?} is no file"));
-            let outcome = match name {
-                Ok(name) => compiled_file(control, seed, name).await,
-                Err(e) => Err(e),
-            };
-            (image.to_owned(), outcome)
-        })
+    let mut working = futures_util::stream::iter(files)
+        .map(async |(path, brane)| (brane, compiled_file(control, seed, path.strip_prefix("./").unwrap_or(path)).await))
         .buffer_unordered(MAX_COMPILERS);
-    while let Some((image, outcome)) = working.next().await {
+    while let Some((brane, outcome)) = working.next().await {
         match outcome {
-            Ok(compiled) => drop(all.insert(image, compiled)),
-            Err(e) => wrong.push(format!("{e:#}")),
+            Ok(compiled) => drop(all.insert(brane.image.value.to_string(), compiled)),
+            Err(e) => wrong.push(Diagnostic::error(brane.image.span.clone(), format!("{e:#}"), "this image")),
         }
     }
     (all, wrong)
 }
 
 async fn compiled_file(control: &Control, seed: &OwnedFd, name: &str) -> anyhow::Result<Compiled> {
+    // The seed is flat, and a name cannot lead out of it.
+    anyhow::ensure!(!name.contains('/'), "{name}: the seed has no folders; put it beside the graph");
     let bytes = read(seed, name, MAX_COMPONENT).with_context(|| format!("reading {name}"))?;
     compiled(control, name, &bytes).await.with_context(|| format!("compiling {name}"))
 }

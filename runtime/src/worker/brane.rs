@@ -43,6 +43,8 @@ impl Drop for Waiting<'_> {
 pub struct Brane {
     /// What the plan says of it.
     pub plan: plan::Brane,
+    /// The hosts it serves; any if `None`.
+    pub host: Option<gaia_manifest::Host>,
     /// Its engine: none else's.
     pub engine: Engine,
     pre: ProxyPre<Host>,
@@ -67,6 +69,8 @@ impl Brane {
         statistics: Arc<Statistics>,
     ) -> Result<Self, Error> {
         let at = |step| move |source| Error { name: plan.name.clone(), step, source };
+        let host = plan.host.as_deref().map(gaia_manifest::Host::parse).transpose();
+        let host = host.map_err(|e| wasmtime::format_err!("{e}")).map_err(at("host"))?;
         let slots = plan.slots(workers);
         let engine = engine::for_worker(&plan.needs, plan.mem_max, slots).map_err(at("engine and pool"))?;
         let path = format!("/proc/self/fd/{}", artefact.as_raw_fd());
@@ -77,6 +81,7 @@ impl Brane {
         let pre = linker.instantiate_pre(&component).and_then(ProxyPre::new).map_err(at("link"))?;
         Ok(Self {
             plan: plan.clone(),
+            host,
             engine,
             pre,
             slots: Arc::new(Semaphore::new(slots as usize)),
@@ -91,7 +96,7 @@ impl Brane {
     /// be ticking, or a start that does not end is not interrupted.
     ///
     /// # Errors
-    /// What went wrong, or that it took more than [`FIRST_WITHIN`].
+    /// What went wrong, or that it took more than 20 seconds.
     pub async fn first_instance(&self) -> Result<(), Error> {
         let at = |source| Error { name: self.plan.name.clone(), step: "first instance", source };
         let mut store = self.store();

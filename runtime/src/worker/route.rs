@@ -2,24 +2,32 @@
 
 use std::rc::Rc;
 
+use gaia_manifest::Host;
+
 use super::brane::Brane;
 
 /// The brane for this host (lower case, no port) and path: one that names the host before one that takes any, then the
 /// longest path.
 #[must_use]
 pub fn find(branes: &[Rc<Brane>], host: &str, path: &str) -> Option<Rc<Brane>> {
-    let of = |brane: &Rc<Brane>| rank(brane.plan.host.as_deref(), &brane.plan.path, host, path);
+    let of = |brane: &Rc<Brane>| rank(brane.host.as_ref(), &brane.plan.path, host, path);
     branes.iter().filter_map(|b| of(b).map(|rank| (rank, b))).max_by_key(|(rank, _)| *rank).map(|(_, b)| Rc::clone(b))
 }
 
-/// How well a route fits, or `None` if it does not: whether it names the host, then how long its path is.
-fn rank(route_host: Option<&str>, route_path: &str, host: &str, path: &str) -> Option<(bool, usize)> {
-    if route_host.is_some_and(|h| h != host) {
+/// How well a route fits, or `None` if it does not: how closely it names the host (exactly, by the longest name it is under,
+/// not at all), then how long its path is.
+fn rank(route_host: Option<&Host>, route_path: &str, host: &str, path: &str) -> Option<(usize, usize)> {
+    if !route_host.is_none_or(|route| route.covers(host)) {
         return None;
     }
+    let closeness = match route_host {
+        None => 0,
+        Some(Host::Under(name)) => name.len(),
+        Some(Host::Exact(_)) => usize::MAX,
+    };
     let prefix = route_path.trim_end_matches('/');
     let rest = path.strip_prefix(prefix)?;
-    (rest.is_empty() || rest.starts_with('/')).then_some((route_host.is_some(), prefix.len()))
+    (rest.is_empty() || rest.starts_with('/')).then_some((closeness, prefix.len()))
 }
 
 #[cfg(test)]
@@ -46,8 +54,11 @@ mod tests {
     fn a_named_host_wins_then_the_longest_path() {
         let any = rank(None, "/a/b", "x.org", "/a/b/c").unwrap();
         let longer = rank(None, "/a/b/c", "x.org", "/a/b/c").unwrap();
-        let named = rank(Some("x.org"), "/a", "x.org", "/a/b/c").unwrap();
-        assert!(any < longer && longer < named);
-        assert_eq!(rank(Some("y.org"), "/a", "x.org", "/a"), None);
+        let host = |text: &str| Host::parse(text).unwrap();
+        let under = rank(Some(&host("*.org")), "/a", "x.org", "/a/b/c").unwrap();
+        let named = rank(Some(&host("x.org")), "/a", "x.org", "/a/b/c").unwrap();
+        assert!(any < longer && longer < under && under < named);
+        assert_eq!(rank(Some(&host("y.org")), "/a", "x.org", "/a"), None);
+        assert_eq!(rank(Some(&host("*.x.org")), "/a", "x.org", "/a"), None, "not the name itself");
     }
 }

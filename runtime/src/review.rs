@@ -1,0 +1,215 @@
+//! The security review of a manifest: what its components import, held against what it grants. The same judgement, in
+//! the same words, for `gaia check` and for a deploy.
+
+use gaia_manifest::{Brane, Capability, Diagnostic, Image, Lifecycle, Manifest};
+
+use crate::compile::{Import, Report};
+use crate::link;
+
+/// What a component must export to be served.
+const HANDLER: &str = "wasi:http/incoming-handler";
+/// Keys that this version links: none beyond the base yet.
+const GRANTABLE: &[&str] = &[];
+
+/// What a manifest asks for that this version does not do, whatever its components are.
+#[must_use]
+pub fn unsupported(manifest: &Manifest) -> Vec<Diagnostic> {
+    let mut all = Vec::new();
+    for brane in &manifest.branes {
+        let name = &brane.name.value;
+        if let Image::Name { .. } = brane.image.value {
+            let message = format!("{name}: this version has no store to find \"{}\" in", brane.image.value);
+            let help = "name a file beside the manifest: image = \"file:./x.wasm\"";
+            all.push(Diagnostic::error(brane.image.span.clone(), message, "not a file").help(help));
+        }
+        if brane.lifecycle == Lifecycle::Pinned {
+            let message = format!("{name}: this version cannot keep an instance between requests");
+            all.push(
+                Diagnostic::error(brane.name.span.clone(), message, "is \"pinned\"").help("leave its lifecycle away"),
+            );
+        }
+        if brane.deterministic.is_some() {
+            let message = format!("{name}: this version cannot run it deterministically");
+            all.push(Diagnostic::error(brane.name.span.clone(), message, "is deterministic"));
+        }
+        if let Some(quota) = &brane.limits.cpu_quota {
+            let message = format!("{name}: this version does not enforce cpu_quota");
+            all.push(Diagnostic::warning(quota.span.clone(), message, "has no effect yet"));
+        }
+        for grant in brane.capabilities.iter().filter(|g| !GRANTABLE.contains(&g.capability.key())) {
+            let message = format!("{name}: this version cannot grant \"{}\" yet", grant.capability.key());
+            all.push(Diagnostic::error(grant.span.clone(), message, "cannot be granted"));
+        }
+    }
+    all
+}
+
+/// What a brane's component means for it: imports without a grant and anything else that keeps it from running are errors,
+/// grants that nothing needs are warnings.
+#[must_use]
+pub fn of(brane: &Brane, report: &Report) -> Vec<Diagnostic> {
+    let name = &brane.name.value;
+    let mut all: Vec<Diagnostic> = report.imports.iter().filter_map(|import| refused(brane, import)).collect();
+    if let (true, Some(reason)) = (all.is_empty() && brane.capabilities.is_empty(), &report.unlinked) {
+        all.push(Diagnostic::error(
+            brane.image.span.clone(),
+            format!("{name} cannot be linked: {reason}"),
+            "this component",
+        ));
+    }
+    if !report.exports.iter().any(|export| link::unversioned(export) == HANDLER) {
+        let message = format!("{name} does not export {HANDLER}, so no request could be given to it");
+        all.push(
+            Diagnostic::error(brane.image.span.clone(), message, "this component")
+                .help("build it for the world wasi:http/proxy"),
+        );
+    }
+    let most = &brane.limits.mem_max;
+    match report.needs {
+        None => {
+            let message = format!("{name}: its component imports or exports modules, so its needs cannot be known");
+            all.push(Diagnostic::error(brane.image.span.clone(), message, "this component"));
+        }
+        Some(needs) if needs.initial_memory > most.value => {
+            let message =
+                format!("{name} starts with {} bytes of memory, but mem_max is {}", needs.initial_memory, most.value);
+            all.push(Diagnostic::error(most.span.clone(), message, "too little to start").help("raise limits.mem_max"));
+        }
+        Some(_) => {}
+    }
+    all.extend(brane.capabilities.iter().filter(|g| !needed(&g.capability, &report.imports)).map(|grant| {
+        let message = format!("nothing that {name} imports needs \"{}\"", grant.capability.key());
+        Diagnostic::warning(grant.span.clone(), message, "not needed")
+            .help("remove it: a grant that is not needed is a mistake")
+    }));
+    all
+}
+
+fn refused(brane: &Brane, import: &Import) -> Option<Diagnostic> {
+    let granted = |key: &&str| brane.capabilities.iter().any(|g| g.capability.key() == *key);
+    if !import.authority || link::BASE.contains(&link::unversioned(&import.name)) {
+        return None;
+    }
+    let (name, import) = (&brane.name.value, &import.name);
+    let keys = link::keys_of(import);
+    match keys.as_slice() {
+        [] => {
+            let message = format!("{name} imports {import}, which this runtime does not have");
+            Some(Diagnostic::error(brane.image.span.clone(), message, "this component"))
+        }
+        keys if keys.iter().any(granted) => None,
+        [key, ..] => {
+            let quoted: Vec<_> = keys.iter().map(|key| format!("\"{key}\"")).collect();
+            let message = format!("{name} imports {import}, which needs {}", quoted.join(" or "));
+            Some(
+                Diagnostic::error(brane.grants.clone(), message, "does not grant it")
+                    .help(format!("grant it: {}", smallest(key))),
+            )
+        }
+    }
+}
+
+fn needed(capability: &Capability, imports: &[Import]) -> bool {
+    let key = capability.key();
+    let by = |import: &&Import| {
+        let env = key == "env" && link::unversioned(&import.name) == "wasi:cli/environment";
+        env || (import.authority && link::keys_of(&import.name).contains(&key))
+    };
+    imports.iter().any(|import| by(&import))
+}
+
+/// The smallest grant of a key that links its interfaces, as a manifest writes it.
+#[must_use]
+pub fn smallest(key: &str) -> String {
+    match key {
+        "net.http" | "net.dns" | "net.tcp" | "net.udp" => format!("\"{key}\" = {{ allowlist = [] }}"),
+        "fs.tmp" => "\"fs.tmp\" = { quota = \"0 B\" }".to_owned(),
+        "clock" => "\"clock\" = { resolution = \"s\" }".to_owned(),
+        other => format!("\"{other}\" = {{}}"),
+    }
+}
+
+/// The keys that must be granted for these imports to link: the first of those that would do, each once.
+#[must_use]
+pub fn suggested(imports: &[Import]) -> Vec<&'static str> {
+    let mut keys: Vec<&'static str> = Vec::new();
+    // Interfaces that only one key links decide first; one that several link may then be linked already.
+    let mut wanted: Vec<Vec<&'static str>> =
+        imports.iter().filter(|i| i.authority).map(|i| link::keys_of(&i.name)).collect();
+    wanted.sort_by_key(Vec::len);
+    for choice in wanted {
+        if let Some(first) = choice.first()
+            && !choice.iter().any(|key| keys.contains(key))
+        {
+            keys.push(first);
+        }
+    }
+    keys.sort_unstable();
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Needs;
+    use gaia_manifest::Severity;
+
+    fn report(imports: &[(&str, bool)]) -> Report {
+        let import = |(name, authority): &(&str, bool)| Import { name: (*name).into(), authority: *authority };
+        Report {
+            error: None,
+            imports: imports.iter().map(import).collect(),
+            exports: vec!["wasi:http/incoming-handler@0.2.12".into()],
+            needs: Some(Needs { memories: 1, initial_memory: 1 << 17, tables: 1, table_elements: 1 }),
+            unlinked: None,
+        }
+    }
+
+    fn judged(source: &str, imports: &[(&str, bool)]) -> Vec<(Severity, String, (usize, usize))> {
+        let manifest = gaia_manifest::parse(source).unwrap();
+        let said = of(&manifest.branes[0], &report(imports));
+        said.into_iter().map(|d| (d.severity, d.message.clone(), d.line_and_column(source))).collect()
+    }
+
+    const BARE: &str = "[brane.fetch]\nimage = \"file:./f.wasm\"\n";
+
+    #[test]
+    fn a_missing_grant_names_the_import_the_key_and_the_line() {
+        let said = judged(BARE, &[("wasi:io/streams@0.2.0", true), ("wasi:sockets/tcp@0.2.0", true)]);
+        assert_eq!(
+            said,
+            [(Severity::Error, "fetch imports wasi:sockets/tcp@0.2.0, which needs \"net.tcp\"".into(), (1, 8))]
+        );
+        let with = format!("{BARE}\n[brane.fetch.capability]\n\"net.tcp\" = {{ allowlist = [] }}\n");
+        assert_eq!(judged(&with, &[("wasi:sockets/tcp@0.2.0", true)]), []);
+    }
+
+    #[test]
+    fn types_alone_need_no_grant_and_a_grant_nothing_needs_is_a_warning() {
+        let with = format!("{BARE}\n[brane.fetch.capability]\n\"clock\" = {{ resolution = \"ms\" }}\n");
+        let said = judged(&with, &[("wasi:clocks/monotonic-clock@0.2.0", false)]);
+        assert_eq!(said, [(Severity::Warning, "nothing that fetch imports needs \"clock\"".into(), (5, 1))]);
+    }
+
+    #[test]
+    fn what_cannot_start_or_serve_is_said() {
+        let small = format!("{BARE}limits = {{ mem_max = \"64 KiB\" }}\n");
+        assert!(judged(&small, &[])[0].1.contains("starts with 131072 bytes"));
+        assert!(judged(BARE, &[("acme:door/open@1.0.0", true)])[0].1.contains("does not have"));
+    }
+
+    #[test]
+    fn the_smallest_grant_is_as_small_as_it_can_be() {
+        let import = |name: &str| Import { name: name.into(), authority: true };
+        let sockets = [
+            import("wasi:sockets/network@0.2.0"),
+            import("wasi:sockets/udp@0.2.0"),
+            import("wasi:clocks/wall-clock@0.2.0"),
+        ];
+        assert_eq!(suggested(&sockets), ["clock", "net.udp"]);
+        for key in gaia_manifest::KEYS {
+            let text = format!("{BARE}[brane.fetch.capability]\n{}\n", smallest(key));
+            assert!(gaia_manifest::parse(&text).is_ok(), "{text}");
+        }
+    }
+}
