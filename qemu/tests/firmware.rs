@@ -1,6 +1,8 @@
 //! A machine whose whole software is 58 bytes of firmware: prints a prompt on the serial port, echoes what it is sent, and
 //! resets on `R`. Shows the console, the lifecycle and the guard against orphans without a kernel.
 
+mod echo;
+
 use gaia_qemu::{Accel, Error, Machine, MachineBuilder, Net, Qemu, ShutdownReason};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -9,32 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 use std::{env, fs, thread};
 
-/// Loaded so that it ends at the reset vector, in front of a jump to its beginning.
-#[rustfmt::skip]
-const CODE: &[u8] = &[
-    0xfc,             // cld
-    0xbe, 0x29, 0x00, // mov si, the text
-    0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb9, 0x11, 0x00, // mov cx, its length
-    0x2e, 0xac,       // lodsb from cs
-    0xee,             // out dx, al
-    0xe2, 0xfb,       // loop
-    0xba, 0xfd, 0x03, // mov dx, 0x3fd        line status
-    0xec,             // in al, dx
-    0xa8, 0x01,       // test al, 1           received something?
-    0x74, 0xf8,       // jz back
-    0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xec,             // in al, dx
-    0xee,             // out dx, al           the echo
-    0x3c, 0x52,       // cmp al, 'R'
-    0x75, 0xef,       // jne to the line status
-    0xb0, 0x06,       // mov al, 6
-    0xba, 0xf9, 0x0c, // mov dx, 0xcf9        reset control
-    0xee,             // out dx, al
-    0xf4,             // hlt
-    0xeb, 0xfd,       // jmp to the hlt
-];
-const TEXT: &[u8; 17] = b"firmware\r\nready> ";
+const TEXT: &str = "firmware\r\nready> ";
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -43,7 +20,7 @@ fn firmware(dir: &tempfile::TempDir) -> io::Result<Option<MachineBuilder>> {
     if matches!(Qemu::find(), Err(Error::QemuMissing { .. })) {
         return Ok(None);
     }
-    let mut rom = [CODE, TEXT].concat();
+    let mut rom = echo::software(0, TEXT);
     rom.resize(0xfff0, 0xf4);
     rom.extend([0xea, 0x00, 0x00, 0x00, 0xf0]); // jmp 0xf000:0
     rom.resize(0x1_0000, 0xf4);

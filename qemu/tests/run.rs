@@ -2,6 +2,8 @@
 //! its own 58 bytes: the real-mode part of a bzImage (linux: Documentation/arch/x86/boot.rst) that says it serves, echoes
 //! what it is sent, and resets on `R`.
 
+mod echo;
+
 use gaia_qemu::{Error, Qemu};
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -10,31 +12,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
-#[rustfmt::skip]
-const CODE: &[u8] = &[
-    0xfc,             // cld
-    0xbe, 0xa9, 0x00, // mov si, the text
-    0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb9, 0x0f, 0x00, // mov cx, its length
-    0x2e, 0xac,       // lodsb from cs
-    0xee,             // out dx, al
-    0xe2, 0xfb,       // loop
-    0xba, 0xfd, 0x03, // mov dx, 0x3fd        line status
-    0xec,             // in al, dx
-    0xa8, 0x01,       // test al, 1           received something?
-    0x74, 0xf8,       // jz back
-    0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xec,             // in al, dx
-    0xee,             // out dx, al           the echo
-    0x3c, 0x52,       // cmp al, 'R'
-    0x75, 0xef,       // jne to the line status
-    0xb0, 0x06,       // mov al, 6
-    0xba, 0xf9, 0x0c, // mov dx, 0xcf9        reset control
-    0xee,             // out dx, al
-    0xf4,             // hlt
-    0xeb, 0xfd,       // jmp to the hlt
-];
-const TEXT: &[u8; 15] = b"gaia: serving\r\n";
+const TEXT: &str = "gaia: serving\r\n";
 
 /// Nothing without a QEMU.
 fn kernel(dir: &TempDir) -> io::Result<Option<PathBuf>> {
@@ -48,8 +26,8 @@ fn kernel(dir: &TempDir) -> io::Result<Option<PathBuf>> {
     put(0x200, &[0xeb, 0x7e]); // jmp to 0x280
     put(0x202, b"HdrS\x03\x02"); // protocol 2.3
     put(0x211, &[1]); // loaded high
-    put(0x280, CODE);
-    put(0x280 + CODE.len(), TEXT);
+    // The kernel's segment begins at 0x200 of the file.
+    put(0x280, &echo::software(0x80, TEXT));
     let path = dir.path().join("bzImage");
     fs::write(&path, image)?;
     Ok(Some(path))

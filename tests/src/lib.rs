@@ -175,6 +175,19 @@ impl Appliance {
         Ok(http::get(self.port()?, path, ANSWER_WITHIN)?)
     }
 
+    /// Asks `hello` ten times, so that more than one worker is asked.
+    ///
+    /// # Errors
+    /// At the first answer that is not 200, with all the console ever showed.
+    pub fn serves_hello(&self) -> Result<()> {
+        for _ in 0..10 {
+            let answer = self.get("/hello")?;
+            let shown = || self.machine.console().transcript();
+            ensure!(answer.status == 200, "{}: {}\n{}", answer.status, answer.text(), shown());
+        }
+        Ok(())
+    }
+
     fn debug(&self, request: &Value) -> Result<Value> {
         let answer: Value = serde_json::from_str(&self.machine.debug()?.request(&request.to_string())?)?;
         match answer.get("error") {
