@@ -175,6 +175,14 @@ pub enum ToWorker {
 #[error("not a message of this protocol: {0:?}")]
 pub struct Unknown(pub String);
 
+impl Unknown {
+    /// This text, as much of it as a report needs.
+    #[must_use]
+    pub fn of(text: &str) -> Self {
+        Self(text.chars().take(80).collect())
+    }
+}
+
 /// A message that goes over a channel.
 pub trait Message: Sized + fmt::Display {
     /// Parses one message.
@@ -217,7 +225,7 @@ fn parse<'a, T>(text: &'a str, read: impl FnOnce(&str, &mut Words<'a>) -> Option
             words.done()?;
             Some(value)
         })
-        .ok_or_else(|| Unknown(text.chars().take(80).collect()))
+        .ok_or_else(|| Unknown::of(text))
 }
 
 /// Reasons travel at the end of a line: no line breaks, and not so long that the message would not fit.
@@ -324,7 +332,7 @@ impl Message for FromWorker {
         match text {
             "ready" => Ok(Self::Ready),
             "beat" => Ok(Self::Beat),
-            _ => Err(Unknown(text.chars().take(80).collect())),
+            _ => Err(Unknown::of(text)),
         }
     }
 }
@@ -345,7 +353,7 @@ impl Message for ToWorker {
             "drain" => Ok(Self::Drain),
             "adopt" => Ok(Self::Adopt),
             "release" => Ok(Self::Release),
-            _ => Err(Unknown(text.chars().take(80).collect())),
+            _ => Err(Unknown::of(text)),
         }
     }
 }

@@ -39,7 +39,7 @@ impl Message for Word {
         match text {
             "compile" => Ok(Self::Compile),
             "done" => Ok(Self::Done),
-            _ => Err(Unknown(text.chars().take(80).collect())),
+            _ => Err(Unknown::of(text)),
         }
     }
 }

@@ -34,7 +34,10 @@ pub fn soak() -> bool {
 /// A file under `out/`, which the build fills.
 #[must_use]
 pub fn out(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../out").join(name)
+    // Relative to where cargo runs a test: its package. A path from compile time would be that of whichever clone, of all
+    // that share a target directory, compiled it.
+    let relative = Path::new("../out").join(name);
+    std::path::absolute(&relative).unwrap_or(relative)
 }
 
 /// What to boot.

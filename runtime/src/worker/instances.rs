@@ -26,7 +26,7 @@ pub enum Word {
 impl Message for Word {
     fn parse(text: &str) -> Result<Self, Unknown> {
         let ticket = text.strip_prefix("instances ").and_then(|t| t.parse().ok());
-        ticket.map(|ticket| Self::Instances { ticket }).ok_or_else(|| Unknown(text.chars().take(80).collect()))
+        ticket.map(|ticket| Self::Instances { ticket }).ok_or_else(|| Unknown::of(text))
     }
 }
 
