@@ -43,25 +43,31 @@ pub struct Error {
     pub source: rustix::io::Errno,
 }
 
-/// Opens one `SO_REUSEPORT` socket per port, worker core and address family (IPv4 and IPv6 on all addresses).
+/// All addresses of both families, for each port.
+#[must_use]
+pub fn everywhere(ports: &[u16]) -> Vec<SocketAddr> {
+    let both = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+    ports.iter().flat_map(|port| both.map(|ip| SocketAddr::new(ip, *port))).collect()
+}
+
+/// Opens one `SO_REUSEPORT` socket per address and worker core.
 ///
 /// The order of the sockets within a port's reuseport group is that of `cores`. One that cannot be had does not keep
 /// the others from being opened.
 #[must_use]
-pub fn open(ports: &[u16], cores: &[usize]) -> Opened {
+pub fn open(addresses: &[SocketAddr], cores: &[usize]) -> Opened {
     let mut opened = Opened::default();
-    for port in ports {
+    for address in addresses {
         for core in cores {
-            for (family, ip) in [("v4", IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ("v6", IpAddr::V6(Ipv6Addr::UNSPECIFIED))] {
-                match listen(SocketAddr::new(ip, *port)) {
-                    Ok(socket) => {
-                        let name = format!("http-{port}-{family}");
-                        opened.listeners.push(Listener { name, core: *core, socket });
-                    }
-                    Err(e) if ip.is_ipv6() && e.source == rustix::io::Errno::AFNOSUPPORT => opened.only_v4 = true,
-                    Err(e) if opened.errors.iter().any(|other| other.address == e.address) => {}
-                    Err(e) => opened.errors.push(e),
+            match listen(*address) {
+                Ok(socket) => {
+                    let family = if address.is_ipv4() { "v4" } else { "v6" };
+                    let name = format!("http-{}-{family}", address.port());
+                    opened.listeners.push(Listener { name, core: *core, socket });
                 }
+                Err(e) if address.is_ipv6() && e.source == rustix::io::Errno::AFNOSUPPORT => opened.only_v4 = true,
+                Err(e) if opened.errors.iter().any(|other| other.address == e.address) => {}
+                Err(e) => opened.errors.push(e),
             }
         }
     }
@@ -102,7 +108,7 @@ mod tests {
     fn one_socket_per_core_and_family() {
         // Port 0 would give each its own; take one that is free just now.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let Opened { listeners: all, errors, only_v4 } = open(&[port], &[0, 1]);
+        let Opened { listeners: all, errors, only_v4 } = open(&everywhere(&[port]), &[0, 1]);
         assert!(errors.is_empty(), "{errors:?}");
         assert_eq!(all.len(), if only_v4 { 2 } else { 4 });
         assert_eq!(all.iter().filter(|l| l.core == 1).count(), all.len() / 2);
@@ -114,7 +120,7 @@ mod tests {
         let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
         let taken = (taken.local_addr().unwrap().port(), taken);
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let opened = open(&[taken.0, free], &[0, 1]);
+        let opened = open(&everywhere(&[taken.0, free]), &[0, 1]);
         let [error] = opened.errors.as_slice() else { panic!("{opened:?}") };
         assert_eq!(error.step, "bind");
         assert!(error.to_string().contains(&taken.0.to_string()));
@@ -124,7 +130,7 @@ mod tests {
     #[test]
     fn a_socket_that_was_shut_down_listens_again_on_its_port() {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let opened = open(&[port], &[0]);
+        let opened = open(&everywhere(&[port]), &[0]);
         let v4 = &opened.listeners[0];
         rustix::net::shutdown(&v4.socket, rustix::net::Shutdown::Both).unwrap();
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());

@@ -17,6 +17,8 @@ pub enum Kind {
     Worker,
     /// The prompt on the serial port.
     Console,
+    /// Shows the log on the terminal of `gaia run`; the appliance has the prompt for that.
+    Log,
     /// Answers the tests' questions; exists only in the test image.
     #[cfg(feature = "debug-role")]
     Debug,
@@ -101,6 +103,7 @@ pub const RUNTIME: &CStr = c"/bin/gaia";
 /// |------|------|----------------------------------------------------------------------------------------|
 /// | 100  | 100  | control                                                                                |
 /// | 103  | 103  | the console                                                                            |
+/// | 104  | 104  | whoever shows the log                                                                  |
 /// | 900  | 901  | compilers: 900 and the slot, below [`MAX_COMPILERS`](crate::supervise::MAX_COMPILERS)  |
 /// | 1000 | 9191 | workers: 1000 and the core; the workers of two generations on one core are the same    |
 pub mod users {
@@ -108,6 +111,8 @@ pub mod users {
     pub const CONTROL: u32 = 100;
     /// The console.
     pub const CONSOLE: u32 = 103;
+    /// Whoever shows the log.
+    pub const LOG: u32 = 104;
     /// The first of the compilers.
     pub const COMPILE: u32 = 900;
     /// The first of the workers.
@@ -171,6 +176,19 @@ pub const ROLES: &[Role] = &[
         max_memory: None,
         terminal: true,
     },
+    Role {
+        kind: Kind::Log,
+        name: "log",
+        program: RUNTIME,
+        arguments: &[c"gaia", c"logs", c"--follow"],
+        user: User::One(users::LOG),
+        place: Place::Housekeeping,
+        restart: Restart::Always,
+        max_files: 64,
+        max_cpu: None,
+        max_memory: None,
+        terminal: true,
+    },
     #[cfg(feature = "debug-role")]
     Role {
         kind: Kind::Debug,
@@ -196,8 +214,9 @@ impl Kind {
             Self::Compile => 1,
             Self::Worker => 2,
             Self::Console => 3,
+            Self::Log => 4,
             #[cfg(feature = "debug-role")]
-            Self::Debug => 4,
+            Self::Debug => 5,
         };
         &ROLES[index]
     }

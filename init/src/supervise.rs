@@ -13,6 +13,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::ffi::CStr;
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -29,8 +30,8 @@ use crate::settings::MAX_PORTS;
 use crate::spawn::{Command, Confinement};
 use crate::wire::{self, FromControl, FromWorker, Message, ToControl, ToWorker};
 
-/// Size of a worker's statistics in shared memory, in bytes. The runtime owns the layout; this is all init knows.
-pub const STATISTICS_BYTES: u64 = 64 * 1024;
+/// Size of a worker's statistics and log in shared memory, in bytes. The runtime owns the layout; this is all init knows.
+pub const STATISTICS_BYTES: u64 = 1_183_744;
 /// Files a generation may have beside each worker's own descriptors: as many as have room for their names.
 pub const MAX_FILES: usize = 1792;
 // `LISTEN_FDNAMES` is one string, and the kernel takes at most 128 KiB of one (Linux, `MAX_ARG_STRLEN`): `file-NAME` for
@@ -50,6 +51,8 @@ const SILENT_FOR: Duration = Duration::from_secs(30);
 const DRAINED_WITHIN: Duration = Duration::from_secs(330);
 /// What the orderly end may take before the rest is killed.
 const END_WITHIN: Duration = Duration::from_secs(5);
+/// How long control has, when the last worker is gone, to read what it said and to have it shown.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 /// A role that lived so long starts its back-off anew.
 const SETTLED_AFTER: Duration = Duration::from_secs(30);
 /// The longest back-off.
@@ -72,8 +75,16 @@ const LINES_PER_TURN: usize = 64;
 pub trait Machine {
     /// Shows a line to the operator. Must not wait: what cannot be shown at once is kept for [`Machine::show`].
     fn say(&mut self, line: &str);
+    /// Shows a line that control wants the operator to read.
+    fn relay(&mut self, line: &str) {
+        self.say(&format!("control: {line}"));
+    }
     /// Shows what was kept, as far as that needs no waiting. Returns whether something is left.
     fn show(&mut self) -> bool;
+    /// The program of a role.
+    fn program(&self, role: &Role) -> &CStr {
+        role.program
+    }
     /// How a process of this role is held; `number` is a worker's core or a compiler's slot.
     fn confinement(&self, role: &Role, number: Option<usize>) -> Confinement<'_>;
     /// Standard input, output and error of a role.
@@ -82,6 +93,13 @@ pub trait Machine {
     fn descriptors(&self, role: &Role) -> Vec<(String, BorrowedFd<'_>)>;
     /// What a role gets in its environment.
     fn environment(&self, role: &Role) -> Vec<(String, String)>;
+    /// How the end is announced.
+    fn farewell(&self, end: End) -> &'static str {
+        match end {
+            End::PowerOff => "going down: power off",
+            End::Reboot => "going down: reboot",
+        }
+    }
     /// Called at least once a second while the runtime is well.
     fn pet(&mut self);
 }
@@ -233,6 +251,8 @@ pub struct Supervisor<M> {
     /// Last sign of life of any worker.
     last_beat: Instant,
     ending: Option<(End, Instant)>,
+    /// While it ends: since when no worker is left.
+    workers_gone: Option<Instant>,
     started: Instant,
 }
 
@@ -269,6 +289,7 @@ impl<M: Machine> Supervisor<M> {
             tickets: Tickets::default(),
             last_beat: now,
             ending: None,
+            workers_gone: None,
             started: now,
         })
     }
@@ -306,7 +327,7 @@ impl<M: Machine> Supervisor<M> {
             }
         }
         if self.seats.iter().any(|s| s.away_since.is_some()) || self.ending.is_some() {
-            timeout = timeout.min(STAND_IN_AFTER / 5);
+            timeout = timeout.min(STAND_IN_AFTER / 5).min(LAST_WORDS);
         }
         let mut fds: Vec<PollFd<'_>> = vec![PollFd::new(&self.signals, PollFlags::IN)];
         fds.extend(self.children.iter().filter_map(|c| c.channel.as_ref()).map(|c| PollFd::new(c, PollFlags::IN)));
@@ -393,7 +414,7 @@ impl<M: Machine> Supervisor<M> {
             }
             FromControl::Roles => self.list_roles(),
             FromControl::Compile { ticket } => self.queue_for_compiler(ticket),
-            FromControl::Say { line } => self.machine.say(&format!("control: {}", wire::one_line(&line))),
+            FromControl::Say { line } => self.machine.relay(&wire::one_line(&line)),
             FromControl::PowerOff => self.end(End::PowerOff),
             FromControl::Reboot => self.end(End::Reboot),
             FromControl::File { generation, name } => {
@@ -667,7 +688,7 @@ impl<M: Machine> Supervisor<M> {
                     }
                 }
             }
-            Kind::Console => {}
+            Kind::Console | Kind::Log => {}
             #[cfg(feature = "debug-role")]
             Kind::Debug => {}
         }
@@ -680,7 +701,7 @@ impl<M: Machine> Supervisor<M> {
             environment.push(("GAIA_HOUSEKEEPING".into(), list(&self.cores.housekeeping)));
         }
         let command = Command {
-            program: role.program,
+            program: self.machine.program(role),
             arguments: role.arguments,
             environment,
             descriptors,
@@ -847,21 +868,25 @@ impl<M: Machine> Supervisor<M> {
         }
         self.ending = Some((end, Instant::now() + END_WITHIN));
         self.tickets.0.clear();
-        self.machine.say(match end {
-            End::PowerOff => "going down: power off",
-            End::Reboot => "going down: reboot",
-        });
-        let pids: Vec<(i32, Kind)> = self.children.iter().map(|c| (c.pid, c.kind)).collect();
-        for (pid, kind) in pids {
-            match kind {
-                Kind::Worker => self.drain(pid),
-                _ => signal(pid, Signal::TERM),
-            }
+        self.machine.say(self.machine.farewell(end));
+        let pids: Vec<i32> = self.children.iter().filter(|c| c.kind == Kind::Worker).map(|c| c.pid).collect();
+        for pid in pids {
+            self.drain(pid);
         }
     }
 
+    /// Ends the other roles once the workers are gone and what they said last has been read.
     fn finish(&mut self, now: Instant) {
         self.machine.pet();
+        if self.children.iter().all(|c| c.kind != Kind::Worker) {
+            let since = *self.workers_gone.get_or_insert(now);
+            if now - since >= LAST_WORDS {
+                // Control at last: the others speak to it.
+                let others = self.children.iter().any(|c| c.kind != Kind::Control);
+                let due = self.children.iter().filter(|c| !others || c.kind != Kind::Control);
+                due.for_each(|c| signal(c.pid, Signal::TERM));
+            }
+        }
         if self.ending.is_some_and(|(_, deadline)| now > deadline) {
             let pids: Vec<i32> = self.children.iter().map(|c| c.pid).collect();
             for pid in pids {
@@ -871,6 +896,11 @@ impl<M: Machine> Supervisor<M> {
     }
 
     // ── small things ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// The number of the generation that serves, if one does.
+    pub fn serving(&self) -> Option<u32> {
+        self.current.as_ref().map(|generation| generation.number)
+    }
 
     /// The machine, for what comes after the supervision.
     pub fn machine(&mut self) -> &mut M {

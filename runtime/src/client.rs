@@ -5,13 +5,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, header};
+use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::control::report::{Done, Failed, Ps, Status};
+use crate::control::log::Query;
+use crate::control::report::{Done, Failed, Line, Ps, Status};
 
 /// Where the appliance's control listens.
 pub const DEFAULT_SOCKET: &str = "/run/control.sock";
@@ -41,6 +43,9 @@ pub enum Error {
     /// It answered that it could not.
     #[error("{0}")]
     Refused(String),
+    /// What it answered could not be written.
+    #[error("writing: {0}")]
+    Output(std::io::Error),
 }
 
 /// An appliance that can be asked.
@@ -88,39 +93,91 @@ impl Client {
         self.ask(Method::POST, "/v1/reboot")
     }
 
+    /// `GET /v1/logs`: calls `line` with each line as it comes, until there is none or it says no.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn logs(&self, query: &Query, mut line: impl FnMut(Line) -> bool) -> Result<(), Error> {
+        let broken = |e: &dyn std::fmt::Display| Error::Broken(e.to_string());
+        let mut path = format!("/v1/logs?since_ns={}", query.since_ns);
+        if let Some(brane) = &query.brane {
+            path.push_str("&brane=");
+            path.push_str(brane);
+        }
+        if query.follow {
+            path.push_str("&follow=true");
+        }
+        runtime()?.block_on(async {
+            let (sender, connection) = self.connection().await?;
+            let exchange = async {
+                let mut body = answered(sender, Method::GET, &path).await?.into_body();
+                let mut text = Vec::new();
+                while let Some(frame) = body.frame().await {
+                    text.extend(frame.map_err(|e| broken(&e))?.data_ref().into_iter().flatten());
+                    let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+                    for one in text[..whole].split(|b| *b == b'\n').filter(|one| !one.is_empty()) {
+                        if !line(serde_json::from_slice(one).map_err(|e| broken(&e))?) {
+                            return Ok(());
+                        }
+                    }
+                    text.drain(..whole);
+                    if text.len() > MAX_ANSWER {
+                        return Err(Error::Broken("a line without an end".into()));
+                    }
+                }
+                Ok(())
+            };
+            tokio::select! {
+                biased;
+                outcome = exchange => outcome,
+                outcome = connection => Err(Error::Broken(outcome.err().map_or("it ended".into(), |e| e.to_string()))),
+            }
+        })
+    }
+
+    async fn connection(&self) -> Result<(Sender, Connection), Error> {
+        let stream = UnixStream::connect(&self.socket).await;
+        let stream = stream.map_err(|source| Error::Connect { socket: self.socket.clone(), source })?;
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| Error::Broken(e.to_string()))
+    }
+
     fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, Error> {
         let broken = |e: &dyn std::fmt::Display| Error::Broken(e.to_string());
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| broken(&e))?;
         let conversation = async {
-            let stream = UnixStream::connect(&self.socket).await;
-            let stream = stream.map_err(|source| Error::Connect { socket: self.socket.clone(), source })?;
-            let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
-            let request = Request::builder()
-                .method(method)
-                .uri(path)
-                .header(header::HOST, "appliance")
-                .body(Empty::<Bytes>::new())
-                .map_err(|e| broken(&e))?;
+            let (sender, connection) = self.connection().await?;
             let exchange = async {
-                let response = sender.send_request(request).await.map_err(|e| broken(&e))?;
-                let status = response.status();
+                let response = answered(sender, method, path).await?;
                 let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| broken(&e))?;
-                drop(sender);
-                Ok::<_, Error>((status, body.to_bytes()))
+                serde_json::from_slice(&body.to_bytes()).map_err(|e| broken(&e))
             };
             let (exchanged, _) = tokio::join!(exchange, connection);
             exchanged
         };
-        let (status, body) =
-            runtime.block_on(async { tokio::time::timeout(WITHIN, conversation).await }).map_err(|_| Error::Slow)??;
-        if status.is_success() && status != StatusCode::NO_CONTENT {
-            return serde_json::from_slice(&body).map_err(|e| broken(&e));
-        }
-        match serde_json::from_slice::<Failed>(&body) {
-            Ok(failed) => Err(Error::Refused(failed.error)),
-            Err(_) => Err(Error::Refused(format!("the appliance answered {status}"))),
-        }
+        runtime()?.block_on(async { tokio::time::timeout(WITHIN, conversation).await }).map_err(|_| Error::Slow)?
+    }
+}
+
+type Sender = hyper::client::conn::http1::SendRequest<Empty<Bytes>>;
+type Connection = hyper::client::conn::http1::Connection<TokioIo<UnixStream>, Empty<Bytes>>;
+
+fn runtime() -> Result<tokio::runtime::Runtime, Error> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| Error::Broken(e.to_string()))
+}
+
+/// Sends a request; an answer that is a refusal is an error.
+async fn answered(mut sender: Sender, method: Method, path: &str) -> Result<Response<Incoming>, Error> {
+    let broken = |e: &dyn std::fmt::Display| Error::Broken(e.to_string());
+    let request = Request::builder().method(method).uri(path).header(header::HOST, "appliance");
+    let request = request.body(Empty::new()).map_err(|e| broken(&e))?;
+    let response = sender.send_request(request).await.map_err(|e| broken(&e))?;
+    let status = response.status();
+    if status.is_success() && status != StatusCode::NO_CONTENT {
+        return Ok(response);
+    }
+    let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| broken(&e))?;
+    match serde_json::from_slice::<Failed>(&body.to_bytes()) {
+        Ok(failed) => Err(Error::Refused(failed.error)),
+        Err(_) => Err(Error::Refused(format!("the appliance answered {status}"))),
     }
 }
 

@@ -4,7 +4,7 @@ use std::io::{BufRead, Write};
 
 use clap::Parser as _;
 
-use crate::client::Client;
+use crate::client::{Client, Error};
 use crate::operate::{Command, run};
 
 /// What a person at the line may do.
@@ -42,26 +42,31 @@ pub fn converse(client: &Client, mode: Mode, input: &mut impl BufRead, output: &
             return Ok(());
         }
         let line = String::from_utf8_lossy(&line);
-        let said = reply(client, mode, &line);
-        output.write_all(said.as_bytes())?;
+        reply(client, mode, &line, output)?;
     }
 }
 
-/// The answer to one line.
-fn reply(client: &Client, mode: Mode, line: &str) -> String {
+/// Answers one line.
+fn reply(client: &Client, mode: Mode, line: &str, out: &mut impl Write) -> std::io::Result<()> {
     let mut words: Vec<&str> = line.split_whitespace().collect();
     if words.first() == Some(&"gaia") {
         words.remove(0);
     }
     if words.is_empty() {
-        return String::new();
+        return Ok(());
     }
     match Line::try_parse_from(words) {
-        Err(e) => format!("{}\n", e.to_string().trim_end()),
+        Err(e) => writeln!(out, "{}", e.to_string().trim_end()),
         Ok(line) if mode == Mode::Observe && line.command.changes() => {
-            "this console only observes: [console] mode in gaia.toml decides\n".to_owned()
+            writeln!(out, "this console only observes: [console] mode in gaia.toml decides")
         }
-        Ok(line) => run(&line.command, client, line.json).unwrap_or_else(|e| format!("{e}\n")),
+        // Nothing typed here is read while a command is at work.
+        Ok(line) if line.command.goes_on() => writeln!(out, "a console cannot end it: leave --follow away"),
+        Ok(line) => match run(&line.command, client, line.json, out) {
+            Err(Error::Output(e)) => Err(e),
+            Err(e) => writeln!(out, "{e}"),
+            Ok(()) => Ok(()),
+        },
     }
 }
 
@@ -69,6 +74,12 @@ fn reply(client: &Client, mode: Mode, line: &str) -> String {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn reply(client: &Client, mode: Mode, line: &str) -> String {
+        let mut out = Vec::new();
+        super::reply(client, mode, line, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
 
     fn nobody() -> Client {
         Client::new("/nonexistent/socket".into())
@@ -93,6 +104,8 @@ mod tests {
     fn observing_changes_nothing() {
         assert!(reply(&nobody(), Mode::Observe, "poweroff\n").contains("only observes"));
         assert!(reply(&nobody(), Mode::Observe, "status\n").contains("is the appliance up?"));
+        assert!(reply(&nobody(), Mode::Observe, "logs --since 30s\n").contains("is the appliance up?"));
+        assert!(reply(&nobody(), Mode::Observe, "logs --follow\n").contains("cannot end it"));
     }
 
     #[test]
@@ -105,7 +118,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_line_is_answered(line in "\\PC{0,80}") {
-            prop_assume!(!line.contains("status") && !line.contains("ps"));
+            prop_assume!(!line.contains("status") && !line.contains("ps") && !line.contains("logs"));
             let _ = reply(&nobody(), Mode::Observe, &line);
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! One binary, `gaia`, is the operator's command and, as `gaia role …`, each of the runtime's processes. It owns the
 //! branes: manifest, compilation, link stage, workers, operations. It never opens a listening socket, never starts a
-//! process and never chooses what a process may do: init does, by its table, and this crate asks.
+//! process and never chooses what a process may do: init does, by its table, and this crate asks. Under `gaia run`
+//! [`run`] plays init's part, with the same table and the same supervisor.
 //!
 //! ```text
 //! control ── asks init for a compiler ──▶ compile   wasm in, machine code out, then it ends
@@ -20,8 +21,10 @@ pub mod console;
 pub mod control;
 pub mod engine;
 pub mod link;
+pub mod log;
 pub mod operate;
 pub mod plan;
 pub mod review;
+pub mod run;
 pub mod statistics;
 pub mod worker;

@@ -1,6 +1,8 @@
 //! `gaia`: the operator's command, and each of the runtime's roles.
 
 use std::io::{IsTerminal as _, Write as _, stderr, stdin, stdout};
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -8,8 +10,7 @@ use clap::{Parser, Subcommand};
 use gaia_runtime::check::Review;
 use gaia_runtime::client::{Client, DEFAULT_SOCKET};
 use gaia_runtime::console::{self, Mode};
-use gaia_runtime::operate;
-use gaia_runtime::{compile, control, worker};
+use gaia_runtime::{compile, control, operate, run, worker};
 
 /// Operate a Gaia appliance: WebAssembly components served from bare metal.
 #[derive(Debug, Parser)]
@@ -37,6 +38,20 @@ enum Command {
         #[arg(long)]
         suggest: bool,
     },
+    /// Run a graph right here, without an appliance: the same runtime, its log on standard output
+    Run {
+        /// The manifest; images are looked up beside it
+        file: PathBuf,
+        /// Deploy again when the manifest or a component changes
+        #[arg(long)]
+        watch: bool,
+        /// Where to listen for HTTP; may be given more than once
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
+        listen: Vec<SocketAddr>,
+        /// How many workers at most; one core each
+        #[arg(long, value_name = "N")]
+        workers: Option<NonZeroUsize>,
+    },
     /// A prompt that takes these commands: what the serial port of the appliance runs
     Console,
     /// A process of the runtime: started by init, not by hand
@@ -61,10 +76,17 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let client = Client::new(cli.api);
     let outcome = match cli.command {
-        Command::Operate(command) => operate::run(&command, &client, cli.json)
-            .map_err(anyhow::Error::from)
-            .and_then(|text| Ok(stdout().write_all(text.as_bytes())?)),
+        Command::Operate(command) => operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into),
         Command::Check { file, suggest } => return check(&file, suggest, cli.json),
+        Command::Run { file, watch, listen, workers } => {
+            return match run::run(&run::Options { file, watch, listen, workers }) {
+                Ok(code) => code,
+                Err(e) => {
+                    let _ = stderr().write_all(format!("gaia: {e:#}\n").as_bytes());
+                    ExitCode::from(2)
+                }
+            };
+        }
         Command::Console => {
             let observe = std::env::var("GAIA_CONSOLE").is_ok_and(|mode| mode == "observe");
             let mode = if observe { Mode::Observe } else { Mode::Operate };

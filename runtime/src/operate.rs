@@ -1,16 +1,32 @@
 //! The commands that ask or tell a running appliance, the same on its console and on a command line.
 
+use std::io::{self, Write};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use serde::Serialize;
 
 use crate::client::{Client, Error, ps_text, status_text};
+use crate::control::log::Query;
 
 /// A command to a running appliance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::Subcommand)]
+#[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
 pub enum Command {
     /// The appliance: what serves, its processes, its memory
     Status,
     /// Branes and the instances at work
     Ps,
+    /// What branes said, and what became of their requests
+    Logs {
+        /// Of this brane alone
+        #[arg(long)]
+        brane: Option<String>,
+        /// Not older than this: 30s, 5m
+        #[arg(long, value_parser = gaia_manifest::units::duration)]
+        since: Option<Duration>,
+        /// Go on with what comes
+        #[arg(long, short)]
+        follow: bool,
+    },
     /// Finish what is inside, for at most five seconds, then switch the appliance off
     Poweroff,
     /// Finish what is inside, for at most five seconds, then start the appliance again
@@ -20,24 +36,51 @@ pub enum Command {
 impl Command {
     /// Whether it changes anything.
     #[must_use]
-    pub fn changes(self) -> bool {
+    pub fn changes(&self) -> bool {
         match self {
-            Self::Status | Self::Ps => false,
+            Self::Status | Self::Ps | Self::Logs { .. } => false,
             Self::Poweroff | Self::Reboot => true,
         }
     }
+
+    /// Whether it goes on until it is interrupted.
+    #[must_use]
+    pub fn goes_on(&self) -> bool {
+        matches!(self, Self::Logs { follow: true, .. })
+    }
 }
 
-/// Runs a command and returns what to print.
+/// Runs a command and writes what it has to show.
 ///
 /// # Errors
-/// [`Error`], with what to do about it.
-pub fn run(command: &Command, client: &Client, json: bool) -> Result<String, Error> {
-    match command {
+/// [`Error`], with what to do about it; [`Error::Output`] if nobody takes what is written.
+pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) -> Result<(), Error> {
+    let text = match command {
         Command::Status => client.status().map(|s| text(&s, json, status_text)),
         Command::Ps => client.ps().map(|p| text(&p, json, ps_text)),
+        Command::Logs { brane, since, follow } => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let since = since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
+            let since_ns = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+            let query = Query { brane: brane.clone(), since_ns, follow: *follow };
+            return logs(client, &query, json, out);
+        }
         Command::Poweroff => client.poweroff().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
         Command::Reboot => client.reboot().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
+    };
+    out.write_all(text?.as_bytes()).map_err(Error::Output)
+}
+
+fn logs(client: &Client, query: &Query, json: bool, out: &mut dyn Write) -> Result<(), Error> {
+    let mut written = Ok(());
+    client.logs(query, |line| {
+        written = out.write_all(text(&line, json, |line| line.text() + "\n").as_bytes()).and_then(|()| out.flush());
+        written.is_ok()
+    })?;
+    match written {
+        // Whoever reads has read enough: `gaia logs | head`.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.map_err(Error::Output),
     }
 }
 

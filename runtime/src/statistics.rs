@@ -1,10 +1,12 @@
-//! A worker's counters in shared memory: the worker writes, control reads, and what a worker leaves behind when it is
-//! killed can still be read.
+//! A worker's counters and its log in shared memory: the worker writes, control reads, and what a worker leaves behind
+//! when it is killed can still be read.
 //!
 //! ```text
-//! 0        256                                                           65,536
-//! │ worker │ brane 0 (64 bytes) │ brane 1 │ …                  brane 1,019 │
+//! 0        256                                                            131,072                1,179,776
+//! │ worker │ brane 0 (128 bytes) │ brane 1 │ …                  brane 1,021 │ log: cursors │ records │
 //! ```
+//!
+//! The kernel gives memory to the pages that are touched, so what is not used costs nothing.
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -14,8 +16,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use gaia_init::supervise::STATISTICS_BYTES;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::log::Ring;
+
 /// Branes that have a row.
-pub const MAX_BRANES: usize = 1020;
+pub const MAX_BRANES: usize = 1022;
 
 /// Counts of a whole worker. All only grow, unless said otherwise.
 #[repr(C, align(64))]
@@ -35,11 +39,13 @@ pub struct Worker {
     pub no_route: AtomicU64,
     /// Bytes that guests wrote to stdout and stderr.
     pub output: AtomicU64,
-    reserved: [AtomicU64; 25],
+    /// What the log holds of the worker itself, and what it has dropped.
+    pub log: Account,
+    reserved: [AtomicU64; 21],
 }
 
 /// Counts of one brane in one worker. All only grow, unless said otherwise.
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 #[derive(Debug, Default)]
 pub struct Brane {
     /// Requests routed to it.
@@ -58,9 +64,27 @@ pub struct Brane {
     pub refused: AtomicU64,
     /// Nanoseconds from dispatch to the guest's first instruction, summed over all instances.
     pub cold_ns: AtomicU64,
+    /// What the log holds of it, and what it has dropped.
+    pub log: Account,
+    reserved: [AtomicU64; 4],
 }
 
-/// The page. Its layout is an agreement between processes of one build.
+/// What one brane, or the worker itself, has in the log.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Account {
+    /// Slots of the ring that hold its records and have not been read.
+    pub unread: AtomicU64,
+    /// Records that were dropped, because it had its share of the ring or had said too much. Only grows.
+    pub dropped: AtomicU64,
+    /// Of these, how many a record in the log has told.
+    pub told: AtomicU64,
+    /// What it may still say at once, in thousandths of a slot, in the upper 32 bits; when that was reckoned, in
+    /// milliseconds of the monotonic clock, in the lower. 0 before its first record.
+    pub allowance: AtomicU64,
+}
+
+/// All of it. Its layout is an agreement between processes of one build.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Page {
@@ -68,10 +92,12 @@ pub struct Page {
     pub worker: Worker,
     /// The branes', in the plan's order.
     pub branes: [Brane; MAX_BRANES],
+    /// The log.
+    pub log: Ring,
 }
 
 const _: () =
-    assert!(size_of::<Page>() as u64 == STATISTICS_BYTES && size_of::<Worker>() == 256 && size_of::<Brane>() == 64);
+    assert!(size_of::<Page>() as u64 <= STATISTICS_BYTES && size_of::<Worker>() == 256 && size_of::<Brane>() == 128);
 
 /// A mapped page. It stays mapped as long as this lives.
 #[derive(Debug)]

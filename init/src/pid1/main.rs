@@ -86,7 +86,7 @@ fn boot_and_supervise() -> Result<Infallible, String> {
 
 /// Opens the listening sockets and says which are missing, and why.
 fn listen(ports: &[u16], cores: &Cores) -> Result<(Vec<Listener>, String), report::Failure> {
-    let Opened { listeners, errors, only_v4 } = listeners::open(ports, &cores.workers);
+    let Opened { listeners, errors, only_v4 } = listeners::open(&listeners::everywhere(ports), &cores.workers);
     let wrong = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     let mut said = format!("{} sockets on port {ports:?}, one per worker core and family", listeners.len());
     if ports.is_empty() {

@@ -1,14 +1,11 @@
 //! The boot report, one line per step, and the events after it: the console's text, which PID 1 never waits for long.
 
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use gaia_init::lines::Lines;
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
 
-/// What waits for the console, in bytes. At 115,200 baud it is shown in 23 s.
-const MAX_WAITING: usize = 256 * 1024;
 /// What the whole boot may wait for the console. The report is about 2 KiB, 0.2 s at 115,200 baud; on a line that is
 /// mute or unplugged the rest waits in the queue, and the boot goes on.
 const BOOT_WAITS: Duration = Duration::from_secs(3);
@@ -27,66 +24,10 @@ impl<E: Into<Box<dyn std::error::Error>>> From<E> for Failure {
     }
 }
 
-/// Lines that wait for the console. When there are too many, the oldest give way, and their number is shown instead.
-#[derive(Debug, Default)]
-struct Queue {
-    lines: VecDeque<String>,
-    /// Their length together.
-    bytes: usize,
-    dropped: usize,
-    /// The line that is being shown, and how much of it has been.
-    begun: String,
-    shown: usize,
-}
-
-impl Queue {
-    fn push(&mut self, line: String) {
-        self.bytes += line.len();
-        self.lines.push_back(line);
-        while self.bytes > MAX_WAITING
-            && let Some(oldest) = self.lines.pop_front()
-        {
-            self.bytes -= oldest.len();
-            self.dropped += 1;
-        }
-    }
-
-    fn next(&mut self) -> Option<String> {
-        match std::mem::take(&mut self.dropped) {
-            0 => {
-                let line = self.lines.pop_front()?;
-                self.bytes -= line.len();
-                Some(line)
-            }
-            n => Some(format!("gaia: {n} lines are missing here: the console did not take them\n")),
-        }
-    }
-
-    /// Writes until nothing is left, which it returns as `false`, or the writer takes no more for now.
-    fn write(&mut self, mut writer: impl FnMut(&[u8]) -> Result<usize, Errno>) -> bool {
-        loop {
-            if self.shown >= self.begun.len() {
-                let Some(line) = self.next() else { return false };
-                (self.begun, self.shown) = (line, 0);
-            }
-            match writer(&self.begun.as_bytes()[self.shown..]) {
-                Ok(0) | Err(Errno::AGAIN) => return true,
-                Ok(n) => self.shown += n,
-                Err(Errno::INTR) => {}
-                Err(_) => {
-                    // The console is gone, and with it whoever would have read this.
-                    *self = Self::default();
-                    return false;
-                }
-            }
-        }
-    }
-}
-
 /// The console's text.
 pub(crate) struct Report {
     console: Option<OwnedFd>,
-    queue: Queue,
+    queue: Lines,
     started: Instant,
     /// What the boot may still wait for the console.
     patience: Duration,
@@ -97,10 +38,10 @@ impl Report {
     pub(crate) fn open() -> Self {
         let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let console = rustix::fs::open("/dev/console", flags, Mode::empty()).ok();
-        Self { console, queue: Queue::default(), started: Instant::now(), patience: BOOT_WAITS }
+        Self { console, queue: Lines::default(), started: Instant::now(), patience: BOOT_WAITS }
     }
 
-    /// Queues one line.
+    /// Liness one line.
     pub(crate) fn line(&mut self, text: &str) {
         self.queue.push(format!("{text}\n"));
     }
@@ -149,7 +90,7 @@ impl Report {
         value
     }
 
-    /// Queues a line of the running appliance, with the seconds since init began.
+    /// Liness a line of the running appliance, with the seconds since init began.
     pub(crate) fn say(&mut self, text: &str) {
         self.line(&format!("gaia: {text} [{:.3} s]", self.started.elapsed().as_secs_f32()));
     }
@@ -179,58 +120,5 @@ impl<T> Outcome for (T, String) {
     type Value = T;
     fn split(self) -> (T, String) {
         self
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A console that takes `room` bytes more.
-    fn shown(queue: &mut Queue, mut room: usize) -> (String, bool) {
-        let mut all = Vec::new();
-        let left = queue.write(|bytes| {
-            let n = bytes.len().min(room);
-            room -= n;
-            all.extend_from_slice(&bytes[..n]);
-            if n == 0 { Err(Errno::AGAIN) } else { Ok(n) }
-        });
-        (String::from_utf8(all).unwrap(), left)
-    }
-
-    #[test]
-    fn what_the_console_does_not_take_waits_in_order() {
-        let mut queue = Queue::default();
-        queue.push("one\n".into());
-        queue.push("two\n".into());
-        assert_eq!(shown(&mut queue, 2), ("on".into(), true));
-        queue.push("three\n".into());
-        assert_eq!(shown(&mut queue, 100), ("e\ntwo\nthree\n".into(), false));
-        assert_eq!(queue.bytes, 0);
-    }
-
-    #[test]
-    fn the_oldest_lines_give_way_and_are_counted_but_none_is_cut_off() {
-        let mut queue = Queue::default();
-        queue.push("begun\n".into());
-        assert_eq!(shown(&mut queue, 3), ("beg".into(), true));
-        let line = |n: usize| format!("{n:>1023}\n");
-        for n in 0..300 {
-            queue.push(line(n));
-            assert!(queue.bytes <= MAX_WAITING);
-        }
-        let (text, left) = shown(&mut queue, 1 << 20);
-        let lines: Vec<_> = text.lines().collect();
-        assert_eq!((lines[0], left), ("un", false));
-        assert!(lines[1].contains("44 lines are missing here"), "{}", lines[1]);
-        assert_eq!((lines.len(), lines[2].trim()), (2 + 256, "44"));
-    }
-
-    #[test]
-    fn a_console_that_is_gone_ends_the_waiting() {
-        let mut queue = Queue::default();
-        queue.push("one\n".into());
-        assert!(!queue.write(|_| Err(Errno::IO)));
-        assert_eq!((queue.lines.len(), queue.bytes), (0, 0));
     }
 }

@@ -4,6 +4,7 @@
 //! |--------------------|---------------------|
 //! | `GET /v1/status`   | [`report::Status`]  |
 //! | `GET /v1/ps`       | [`report::Ps`]      |
+//! | `GET /v1/logs`     | [`report::Line`], one a line; `?brane=fetch&since_ns=0&follow=true` |
 //! | `POST /v1/poweroff`| [`report::Done`]    |
 //! | `POST /v1/reboot`  | [`report::Done`]    |
 //!
@@ -16,16 +17,19 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::LocalBoxStream;
 use gaia_init::wire::FromControl;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
-use hyper::body::Incoming;
+use http_body_util::{Either, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
 use super::Control;
+use super::log::{self, Query};
 use super::report::{self, Done, Failed, Ps, Status};
 use crate::statistics;
 
@@ -34,7 +38,8 @@ const CONNECTIONS: usize = 16;
 /// A conversation is over when nothing was asked for so long.
 const IDLE: Duration = Duration::from_secs(10);
 
-type Answer = Response<Full<Bytes>>;
+/// What goes out: one piece, or lines as they come.
+type Answer = Response<Either<Full<Bytes>, StreamBody<LocalBoxStream<'static, Result<Frame<Bytes>, Infallible>>>>>;
 
 /// Serves the API on the socket init opened, until the process ends.
 pub(super) async fn serve(control: Rc<Control>, socket: OwnedFd) {
@@ -67,13 +72,17 @@ pub(super) async fn serve(control: Rc<Control>, socket: OwnedFd) {
 }
 
 async fn answer(control: Rc<Control>, request: Request<Incoming>) -> Result<Answer, Infallible> {
-    let known = |path| matches!(path, "/v1/status" | "/v1/ps" | "/v1/poweroff" | "/v1/reboot");
+    let known = |path| matches!(path, "/v1/status" | "/v1/ps" | "/v1/logs" | "/v1/poweroff" | "/v1/reboot");
     Ok(match (request.method(), request.uri().path()) {
         (&Method::GET, "/v1/status") => match status(&control).await {
             Ok(status) => json(StatusCode::OK, &status),
             Err(e) => failed(StatusCode::SERVICE_UNAVAILABLE, &format!("init does not answer: {e}")),
         },
         (&Method::GET, "/v1/ps") => json(StatusCode::OK, &ps(&control).await),
+        (&Method::GET, "/v1/logs") => match Query::parse(request.uri().query().unwrap_or_default()) {
+            Ok(query) => Response::new(Either::Right(StreamBody::new(log::lines(control, query).boxed_local()))),
+            Err(part) => failed(StatusCode::BAD_REQUEST, &format!("{part:?}: brane=NAME, since_ns=N or follow=true")),
+        },
         (&Method::POST, "/v1/poweroff") => end(&control, FromControl::PowerOff, "the appliance switches off").await,
         (&Method::POST, "/v1/reboot") => end(&control, FromControl::Reboot, "the appliance starts again").await,
         (_, path) if known(path) => failed(StatusCode::METHOD_NOT_ALLOWED, "GET shows, POST changes"),
@@ -83,7 +92,7 @@ async fn answer(control: Rc<Control>, request: Request<Incoming>) -> Result<Answ
 
 fn json(status: StatusCode, value: &impl Serialize) -> Answer {
     let body = serde_json::to_vec(value).unwrap_or_default();
-    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    let mut answer = Response::new(Either::Left(Full::new(Bytes::from(body))));
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer
@@ -113,6 +122,7 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
             requests: counters.requests.load(Relaxed),
             inside: counters.inside.load(Relaxed),
             output_bytes: counters.output.load(Relaxed),
+            dropped: control.dropped(w),
         }
     };
     let mut workers: Vec<_> = control.workers.borrow().iter().map(worker).collect();

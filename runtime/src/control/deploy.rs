@@ -6,14 +6,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use gaia_init::supervise::MAX_COMPILERS;
 use gaia_init::wire::FromControl;
 use gaia_manifest::{Brane, Diagnostic, Image, Manifest, Severity};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use sha2::{Digest as _, Sha256};
 
 use super::Control;
@@ -27,6 +29,81 @@ use crate::{engine, review};
 const GRAPH: &str = "graph.zgraph.toml";
 /// What an appliance says that was given none.
 const NO_GRAPH: &str = "no graph: every request is answered 404 until one is deployed";
+/// How often watched files are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How long they must be still: whoever writes one may not be done.
+const STILL_FOR: Duration = Duration::from_millis(100);
+
+/// Where the graph and its components are.
+pub(super) struct Source {
+    folder: OwnedFd,
+    /// The graph's file there.
+    graph: String,
+    /// How the graph is called where something is said about it.
+    shown: String,
+    /// It is the seed of the appliance.
+    seed: bool,
+    /// What a graph that does not come up means.
+    failure: Failure,
+    /// Deploy again when a file changes.
+    pub(super) watch: bool,
+}
+
+/// What a graph that does not come up means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Failure {
+    /// Nothing but that is served until another is deployed: the appliance.
+    Empty,
+    /// The end: `gaia run`.
+    End,
+}
+
+impl Source {
+    /// The seed of the appliance, or the folder of the manifest that `gaia run` was told.
+    pub(super) fn from_environment(folder: OwnedFd) -> Self {
+        let watch = std::env::var_os("GAIA_WATCH").is_some();
+        match std::env::var("GAIA_GRAPH") {
+            Err(_) => {
+                Self { folder, graph: GRAPH.into(), shown: GRAPH.into(), seed: true, failure: Failure::Empty, watch }
+            }
+            Ok(shown) => {
+                let graph = Path::new(&shown).file_name().map_or(shown.clone(), |n| n.to_string_lossy().into_owned());
+                let failure = if watch { Failure::Empty } else { Failure::End };
+                Self { folder, graph, shown, seed: false, failure, watch }
+            }
+        }
+    }
+
+    /// Reads a component. The seed is flat, and a name cannot lead out of it; on a workstation it may lie anywhere.
+    fn component(&self, path: &str) -> anyhow::Result<Vec<u8>> {
+        let out_of_it = self.seed && path.strip_prefix("./").unwrap_or(path).contains('/');
+        anyhow::ensure!(!out_of_it, "{path}: the seed has no folders; put it beside the graph");
+        self.read(path, MAX_COMPONENT).with_context(|| format!("reading {path}"))
+    }
+
+    fn read(&self, path: &str, most: u64) -> std::io::Result<Vec<u8>> {
+        let follow = if self.seed { OFlags::NOFOLLOW } else { OFlags::empty() };
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | follow;
+        read_whole(rustix::fs::openat(&self.folder, path, flags, Mode::empty())?, most)
+    }
+
+    /// What changes when somebody writes to a file or puts another in its place.
+    fn stamps(&self, images: &[String]) -> Vec<Option<[i128; 4]>> {
+        let stamp = |path: &String| {
+            let stat = rustix::fs::statat(&self.folder, path, AtFlags::empty()).ok()?;
+            Some([stat.st_ino.into(), stat.st_size.into(), stat.st_mtime.into(), stat.st_mtime_nsec.into()])
+        };
+        [&self.graph].into_iter().chain(images).map(stamp).collect()
+    }
+
+    /// The files that the graph names, as far as it can be read.
+    fn images(&self) -> Vec<String> {
+        let text = self.read(&self.graph, gaia_manifest::MAX_BYTES as u64).ok();
+        let manifest = text.and_then(|text| gaia_manifest::parse(&String::from_utf8(text).ok()?).ok());
+        let images = manifest.into_iter().flat_map(|m| m.branes).map(|brane| brane.image.value);
+        images.filter_map(|image| if let Image::File(path) = image { Some(path) } else { None }).collect()
+    }
+}
 
 /// A compiled component.
 struct Compiled {
@@ -35,13 +112,13 @@ struct Compiled {
     artefact: OwnedFd,
 }
 
-/// Starts the graph of the seed, or an empty one if there is none or it does not come up: the appliance then answers 404
-/// to everything and says why on its console.
-pub(super) async fn from_seed(control: &Control, seed: Option<OwnedFd>, found: &Found) -> anyhow::Result<()> {
+/// Starts the graph. If there is none or it does not come up, the appliance starts an empty one, answers 404 to everything
+/// and says why on its console.
+pub(super) async fn first(control: &Control, source: Option<&Source>, found: &Found) -> anyhow::Result<()> {
     let workers = count(found.workers);
     let mut generation = found.newest + 1;
-    let planned = match &seed {
-        Some(seed) => planned(control, seed, workers, generation).await,
+    let planned = match source {
+        Some(source) => planned(control, source, workers, generation).await,
         None => Err(anyhow::anyhow!(NO_GRAPH)),
     };
     let started = match planned {
@@ -52,13 +129,56 @@ pub(super) async fn from_seed(control: &Control, seed: Option<OwnedFd>, found: &
         }
         Err(e) => Err(e),
     };
-    if let Err(e) = started {
-        let words = format!("{e:#}");
-        control.say(&words).await;
-        control.words.borrow_mut().push(words);
-        start(control, Plan { generation, workers, branes: Vec::new() }, &[]).await?;
+    let Err(e) = started else { return Ok(()) };
+    let words = format!("{e:#}");
+    control.say(&words).await;
+    control.words.borrow_mut().push(words);
+    if source.is_some_and(|source| source.failure == Failure::End) {
+        control.init.tell(&FromControl::PowerOff, &[]).await;
+        return Ok(());
     }
-    Ok(())
+    start(control, Plan { generation, workers, branes: Vec::new() }, &[]).await
+}
+
+/// Deploys the graph again whenever it or one of its components changes, for ever.
+pub(super) async fn watch(control: &Control, source: &Source, found: &Found) {
+    let workers = count(found.workers);
+    let newest = control.plan.borrow().as_ref().map_or(found.newest, |p| p.generation);
+    let mut generation = newest.max(found.newest) + 1;
+    let mut images = source.images();
+    let mut seen = source.stamps(&images);
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let mut now = source.stamps(&images);
+        if now == seen {
+            continue;
+        }
+        loop {
+            tokio::time::sleep(STILL_FOR).await;
+            let again = source.stamps(&images);
+            if std::mem::replace(&mut now, again) == now {
+                break;
+            }
+        }
+        images = source.images();
+        // From before the reading: what changes meanwhile is seen next time.
+        seen = source.stamps(&images);
+        let serving = control.plan.borrow().clone();
+        let outcome = match planned(control, source, workers, generation).await {
+            Ok((plan, _)) if serving.is_some_and(|serving| serving.branes == plan.branes) => {
+                control.say(&format!("{}: nothing has changed", source.shown)).await;
+                continue;
+            }
+            Ok((plan, artefacts)) => {
+                generation += 1;
+                start(control, plan, &artefacts).await
+            }
+            Err(e) => Err(e),
+        };
+        if let Err(e) = outcome {
+            control.say(&format!("{e:#}")).await;
+        }
+    }
 }
 
 fn count(workers: usize) -> u32 {
@@ -73,25 +193,32 @@ async fn start(control: &Control, plan: Plan, artefacts: &[(String, OwnedFd)]) -
     for (name, artefact) in artefacts {
         control.init.tell(&FromControl::File { generation, name: name.clone() }, &[artefact.as_fd()]).await;
     }
+    let plan = Rc::new(plan);
+    // Before its workers are there: they may have something to say before they are ready.
+    control.plans.borrow_mut().insert(generation, Rc::clone(&plan));
     control.init.start(generation).await.with_context(|| format!("generation {generation}"))?;
-    *control.plan.borrow_mut() = Some(Rc::new(plan));
+    // What is not needed any more need not be kept to compile it less often.
+    control.compiled.borrow_mut().retain(|digest, _| plan.branes.iter().any(|brane| brane.digest == *digest));
+    *control.plan.borrow_mut() = Some(plan);
+    control.forget_plans();
     Ok(())
 }
 
 async fn planned(
     control: &Control,
-    seed: &OwnedFd,
+    source: &Source,
     workers: u32,
     generation: u32,
 ) -> anyhow::Result<(Plan, Vec<(String, OwnedFd)>)> {
-    let text = match read(seed, GRAPH, gaia_manifest::MAX_BYTES as u64) {
-        Err(e) if e.kind() == ErrorKind::NotFound => anyhow::bail!(NO_GRAPH),
-        other => other.with_context(|| format!("reading {GRAPH}"))?,
+    let name = source.shown.as_str();
+    let text = match source.read(&source.graph, gaia_manifest::MAX_BYTES as u64) {
+        Err(e) if e.kind() == ErrorKind::NotFound && source.seed => anyhow::bail!(NO_GRAPH),
+        other => other.with_context(|| format!("reading {name}"))?,
     };
-    let text = String::from_utf8(text).with_context(|| format!("{GRAPH} is not UTF-8"))?;
-    let manifest = gaia_manifest::parse(&text).map_err(|wrong| refused(&text, &wrong))?;
+    let text = String::from_utf8(text).with_context(|| format!("{name} is not UTF-8"))?;
+    let manifest = gaia_manifest::parse(&text).map_err(|wrong| refused(name, &text, &wrong))?;
     let mut said = review::unsupported(&manifest);
-    let (compiled, failed) = compile_all(control, seed, &manifest).await;
+    let (compiled, failed) = compile_all(control, source, &manifest).await;
     said.extend(failed);
     let mut branes = Vec::new();
     for brane in &manifest.branes {
@@ -107,10 +234,10 @@ async fn planned(
     }
     said.sort_by_key(|d| d.span.start);
     if said.iter().any(|d| d.severity == Severity::Error) {
-        return Err(refused(&text, &said));
+        return Err(refused(name, &text, &said));
     }
     for warning in &said {
-        control.say(&warning.render(GRAPH, &text, false)).await;
+        control.say(&warning.render(name, &text, false)).await;
         control.words.borrow_mut().push(warning.message.clone());
     }
     let mut artefacts: Vec<_> = compiled.into_values().map(|c| (artefact_name(&c.digest), c.artefact)).collect();
@@ -140,11 +267,11 @@ fn artefact_name(digest: &str) -> String {
 }
 
 /// All that is to be said about a graph that is refused.
-fn refused(source: &str, said: &[Diagnostic]) -> anyhow::Error {
+fn refused(name: &str, source: &str, said: &[Diagnostic]) -> anyhow::Error {
     let errors = said.iter().filter(|d| d.severity == Severity::Error).count();
-    let mut words = format!("{GRAPH}: {errors} error{}, nothing is changed", if errors == 1 { "" } else { "s" });
+    let mut words = format!("{name}: {errors} error{}, nothing is changed", if errors == 1 { "" } else { "s" });
     for diagnostic in said {
-        let _ = write!(words, "\n{}", diagnostic.render(GRAPH, source, false));
+        let _ = write!(words, "\n{}", diagnostic.render(name, source, false));
     }
     anyhow::anyhow!(words)
 }
@@ -152,7 +279,7 @@ fn refused(source: &str, said: &[Diagnostic]) -> anyhow::Error {
 /// Compiles each image once. Returns what became of them by image, and what went wrong with the others.
 async fn compile_all(
     control: &Control,
-    seed: &OwnedFd,
+    source: &Source,
     manifest: &Manifest,
 ) -> (HashMap<String, Compiled>, Vec<Diagnostic>) {
     let files = manifest.branes.iter().filter_map(|brane| match &brane.image.value {
@@ -163,7 +290,7 @@ async fn compile_all(
     let mut all = HashMap::with_capacity(files.len());
     let mut wrong = Vec::new();
     let mut working = futures_util::stream::iter(files)
-        .map(async |(path, brane)| (brane, compiled_file(control, seed, path.strip_prefix("./").unwrap_or(path)).await))
+        .map(async |(path, brane)| (brane, compiled_file(control, source, path).await))
         .buffer_unordered(MAX_COMPILERS);
     while let Some((brane, outcome)) = working.next().await {
         match outcome {
@@ -174,20 +301,21 @@ async fn compile_all(
     (all, wrong)
 }
 
-async fn compiled_file(control: &Control, seed: &OwnedFd, name: &str) -> anyhow::Result<Compiled> {
-    // The seed is flat, and a name cannot lead out of it.
-    anyhow::ensure!(!name.contains('/'), "{name}: the seed has no folders; put it beside the graph");
-    let bytes = read(seed, name, MAX_COMPONENT).with_context(|| format!("reading {name}"))?;
-    compiled(control, name, &bytes).await.with_context(|| format!("compiling {name}"))
+async fn compiled_file(control: &Control, source: &Source, path: &str) -> anyhow::Result<Compiled> {
+    let bytes = source.component(path)?;
+    compiled(control, &bytes).await.with_context(|| format!("compiling {path}"))
 }
 
-async fn compiled(control: &Control, name: &str, component: &[u8]) -> anyhow::Result<Compiled> {
+async fn compiled(control: &Control, component: &[u8]) -> anyhow::Result<Compiled> {
     let digest = Sha256::digest(component).iter().fold(String::new(), |mut hex, byte| {
         let _ = write!(hex, "{byte:02x}");
         hex
     });
+    if let Some((report, artefact)) = control.compiled.borrow().get(&digest) {
+        return Ok(Compiled { digest, report: report.clone(), artefact: artefact.try_clone()? });
+    }
     let compiler = Channel::new(control.init.compiler(control.ticket()).await?)?;
-    let file = sealed(name, component)?;
+    let file = sealed("component", component)?;
     compiler.send(&Word::Compile, &[file.as_fd()]).await?;
     let (Word::Done, files) = compiler.receive::<Word>().await.context("the compiler ended without an answer")? else {
         anyhow::bail!("the compiler did not answer");
@@ -206,11 +334,6 @@ async fn compiled(control: &Control, name: &str, component: &[u8]) -> anyhow::Re
         "the artefact has {size} bytes, at most {} are taken",
         compile::MAX_ARTEFACT
     );
+    control.compiled.borrow_mut().insert(digest.clone(), (report.clone(), artefact.try_clone()?));
     Ok(Compiled { digest, report, artefact })
-}
-
-/// Reads a file of the seed by its plain name.
-fn read(seed: &OwnedFd, name: &str, most: u64) -> std::io::Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    read_whole(rustix::fs::openat(seed, name, flags, Mode::empty())?, most)
 }

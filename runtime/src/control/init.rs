@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::Write as _;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use gaia_init::wire::{self, FromControl, ToControl};
 use tokio::sync::oneshot;
@@ -93,7 +94,7 @@ impl Init {
     }
 
     /// Reads what init says until init is gone.
-    pub(super) async fn listen(&self, control: &Control) -> Result<(), wire::Error> {
+    pub(super) async fn listen(&self, control: &Rc<Control>) -> Result<(), wire::Error> {
         loop {
             match self.channel.receive::<ToControl>().await {
                 Ok((message, files)) => self.heard(control, message, files),
@@ -104,7 +105,7 @@ impl Init {
         }
     }
 
-    fn heard(&self, control: &Control, message: ToControl, files: Vec<OwnedFd>) {
+    fn heard(&self, control: &Rc<Control>, message: ToControl, files: Vec<OwnedFd>) {
         let mut files = files.into_iter();
         match message {
             ToControl::Machine { workers, newest, .. } => self.found(|found| {

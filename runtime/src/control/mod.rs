@@ -7,9 +7,11 @@
 pub mod api;
 pub mod deploy;
 mod init;
+pub mod log;
 pub mod report;
 
 use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -17,9 +19,11 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use gaia_init::descriptors::Descriptors;
-use gaia_init::wire::FromControl;
+use gaia_init::wire::{self, FromControl};
+use tokio::sync::{Notify, oneshot};
 
 use crate::channel::{Channel, read_whole};
+use crate::compile::Report;
 use crate::plan::{self, Plan};
 use crate::statistics::Statistics;
 use crate::worker::instances::{self, Instance};
@@ -37,9 +41,14 @@ pub struct Worker {
     pub pid: i32,
     /// Its generation.
     pub generation: u32,
-    /// Its counters.
+    /// Its counters and its log.
     pub statistics: Statistics,
-    channel: tokio::sync::Mutex<Channel>,
+    channel: Channel,
+    /// Questions that it has not answered yet.
+    asked: RefCell<HashMap<u32, oneshot::Sender<OwnedFd>>>,
+    /// There is something in its log, or it is gone.
+    records: Notify,
+    gone: Cell<bool>,
 }
 
 /// What served before a worker was replaced, so that sums do not fall.
@@ -55,6 +64,11 @@ pub struct Control {
     workers: RefCell<Vec<Rc<Worker>>>,
     /// What serves.
     plan: RefCell<Option<Rc<Plan>>>,
+    /// The plans of all generations that have workers, for the names of their branes.
+    plans: RefCell<BTreeMap<u32, Rc<Plan>>>,
+    log: log::History,
+    /// Components that were compiled since this control was started and serve, by digest.
+    compiled: RefCell<HashMap<String, (Report, OwnedFd)>>,
     past: RefCell<Past>,
     /// What the last deploy failed with, or warned about.
     words: RefCell<Vec<String>>,
@@ -73,12 +87,15 @@ pub fn run() -> anyhow::Result<()> {
 
 async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let init = init::Init::new(Channel::new(descriptors.take("init")?)?);
-    let seed = descriptors.take("seed").ok();
+    let source = descriptors.take("seed").ok().map(deploy::Source::from_environment);
     let api = descriptors.take("api").ok();
     let control = Rc::new(Control {
         init,
         workers: RefCell::default(),
         plan: RefCell::default(),
+        plans: RefCell::default(),
+        log: log::History::default(),
+        compiled: RefCell::default(),
         past: RefCell::default(),
         words: RefCell::default(),
         // Not where the control before this one began: its questions may still be answered.
@@ -97,7 +114,7 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     }
     let starting = Rc::clone(&control);
     tokio::task::spawn_local(async move {
-        if let Err(e) = starting.begin(seed).await {
+        if let Err(e) = starting.begin(source).await {
             starting.say(&format!("{e:#}")).await;
         }
     });
@@ -106,24 +123,29 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
 }
 
 impl Control {
-    /// Takes over what serves, or starts what the seed holds.
-    async fn begin(&self, seed: Option<OwnedFd>) -> anyhow::Result<()> {
-        let found = self.init.hello().await?;
-        if let Some(generation) = found.generation {
-            let (_, file) = found
-                .files
-                .into_iter()
-                .find(|(name, _)| name == plan::FILE)
-                .context("init has no plan of the running generation")?;
-            let plan: Plan =
-                serde_json::from_slice(&read_whole(file, plan::MAX_BYTES)?).context("the running generation's plan")?;
-            let workers = self.workers.borrow().len();
-            let branes = plan.branes.len();
-            *self.plan.borrow_mut() = Some(Rc::new(plan));
-            self.say(&format!("took over generation {generation}: {branes} branes, {workers} workers")).await;
-            return Ok(());
+    /// Takes over what serves, or starts the graph.
+    async fn begin(&self, source: Option<deploy::Source>) -> anyhow::Result<()> {
+        let mut found = self.init.hello().await?;
+        match found.generation {
+            Some(generation) => self.take_over(generation, std::mem::take(&mut found.files)).await?,
+            None => deploy::first(self, source.as_ref(), &found).await?,
         }
-        deploy::from_seed(self, seed, &found).await
+        if let Some(source) = source.filter(|source| source.watch) {
+            deploy::watch(self, &source, &found).await;
+        }
+        Ok(())
+    }
+
+    async fn take_over(&self, generation: u32, files: Vec<(String, OwnedFd)>) -> anyhow::Result<()> {
+        let file = files.into_iter().find(|(name, _)| name == plan::FILE);
+        let (_, file) = file.context("init has no plan of the running generation")?;
+        let plan = read_whole(file, plan::MAX_BYTES)?;
+        let plan: Rc<Plan> = Rc::new(serde_json::from_slice(&plan).context("the running generation's plan")?);
+        let (branes, workers) = (plan.branes.len(), self.workers.borrow().len());
+        self.plans.borrow_mut().insert(generation, Rc::clone(&plan));
+        *self.plan.borrow_mut() = Some(plan);
+        self.say(&format!("took over generation {generation}: {branes} branes, {workers} workers")).await;
+        Ok(())
     }
 
     /// Shows a line on the console.
@@ -141,19 +163,28 @@ impl Control {
 
     /// A worker was started.
     fn worker_came(
-        &self,
+        self: &Rc<Self>,
         core: usize,
         pid: i32,
         generation: u32,
         channel: OwnedFd,
         statistics: &OwnedFd,
     ) -> anyhow::Result<()> {
-        let statistics = Statistics::map(statistics)?;
-        let worker =
-            Worker { core, pid, generation, statistics, channel: tokio::sync::Mutex::new(Channel::new(channel)?) };
+        let worker = Rc::new(Worker {
+            core,
+            pid,
+            generation,
+            statistics: Statistics::map(statistics)?,
+            channel: Channel::new(channel)?,
+            asked: RefCell::default(),
+            records: Notify::new(),
+            gone: Cell::new(false),
+        });
         let mut workers = self.workers.borrow_mut();
         workers.retain(|w| w.pid != pid);
-        workers.push(Rc::new(worker));
+        workers.push(Rc::clone(&worker));
+        tokio::task::spawn_local(listen(Rc::clone(&worker)));
+        tokio::task::spawn_local(log::read(Rc::clone(self), worker));
         Ok(())
     }
 
@@ -162,6 +193,8 @@ impl Control {
         let mut workers = self.workers.borrow_mut();
         let Some(at) = workers.iter().position(|w| w.pid == pid) else { return };
         let worker = workers.swap_remove(at);
+        worker.gone.set(true);
+        worker.records.notify_one();
         let counted = &worker.statistics.worker;
         let mut past = self.past.borrow_mut();
         past.requests += counted.requests.load(Relaxed);
@@ -189,24 +222,42 @@ impl Control {
     }
 
     async fn instances_of(&self, worker: &Worker) -> Option<Vec<Instance>> {
-        // One question at a time: an answer taken by the wrong asker would be lost.
-        let channel = worker.channel.lock().await;
-        let wanted = self.ticket();
-        channel.send(&instances::Word::Instances { ticket: wanted }, &[]).await.ok()?;
-        loop {
-            match channel.receive::<instances::Word>().await {
-                // An answer to a question whose asker went away is passed over.
-                Ok((instances::Word::Instances { ticket }, files)) if ticket == wanted => {
-                    let list = read_whole(files.into_iter().next()?, instances::MAX_BYTES).ok()?;
-                    return serde_json::from_slice(&list).ok();
-                }
-                Ok(_) | Err(gaia_init::wire::Error::Malformed | gaia_init::wire::Error::Unknown(_)) => {}
-                Err(_) => return None,
-            }
-        }
+        let ticket = self.ticket();
+        let (sender, answer) = oneshot::channel();
+        worker.asked.borrow_mut().insert(ticket, sender);
+        let sent = worker.channel.send(&instances::Word::Instances { ticket }, &[]).await;
+        let list = if sent.is_ok() { answer.await.ok() } else { None };
+        serde_json::from_slice(&read_whole(list?, instances::MAX_BYTES).ok()?).ok()
+    }
+
+    /// Forgets the plans of generations that neither serve nor have workers left.
+    fn forget_plans(&self) {
+        let serving = self.plan.borrow().as_ref().map(|p| p.generation);
+        let workers = self.workers.borrow();
+        let needed = |generation| Some(generation) == serving || workers.iter().any(|w| w.generation == generation);
+        self.plans.borrow_mut().retain(|generation, _| needed(*generation));
     }
 
     fn sum(&self, of: impl Fn(&Worker) -> &AtomicU64) -> u64 {
         self.workers.borrow().iter().map(|w| of(w).load(Relaxed)).sum()
+    }
+}
+
+/// Hears what a worker says until it is gone.
+async fn listen(worker: Rc<Worker>) {
+    loop {
+        match worker.channel.receive::<instances::Word>().await {
+            // An answer to a question whose asker went away, or whose asker was another control, is passed over.
+            Ok((instances::Word::Instances { ticket }, files)) => {
+                let asker = worker.asked.borrow_mut().remove(&ticket);
+                if let (Some(asker), Some(list)) = (asker, files.into_iter().next()) {
+                    let _ = asker.send(list);
+                }
+            }
+            Ok((instances::Word::Records, _)) => worker.records.notify_one(),
+            Err(wire::Error::Malformed | wire::Error::Unknown(_)) => {}
+            Err(_) => return,
+        }
+        worker.asked.borrow_mut().retain(|_, asker| !asker.is_closed());
     }
 }

@@ -1,6 +1,11 @@
 //! What control tells operators: the types of the API's answers. Version 1.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
+
+use crate::log::Event;
+use crate::log::text::line;
 
 pub use super::init::Role;
 pub use crate::worker::instances::Instance;
@@ -49,8 +54,10 @@ pub struct Worker {
     pub requests: u64,
     /// Requests without a finished answer now.
     pub inside: u64,
-    /// Bytes its guests wrote to stdout and stderr; there is no log yet, so they are counted and dropped.
+    /// Bytes its guests wrote to stdout and stderr.
     pub output_bytes: u64,
+    /// Records that its log had no room for.
+    pub dropped: u64,
 }
 
 /// Memory, in KiB, as the kernel counts it.
@@ -100,6 +107,31 @@ pub struct Brane {
     pub refused: u64,
     /// Mean nanoseconds from dispatch to the guest's first instruction.
     pub cold_mean_ns: u64,
+}
+
+/// One line of `GET /v1/logs`, which answers with one JSON object a line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Line {
+    /// Nanoseconds since the Unix epoch.
+    pub time_ns: u64,
+    /// The core of the worker.
+    pub core: usize,
+    /// Whose it is; the runtime's own if it is nobody's.
+    pub brane: Option<String>,
+    /// `brane.NNN`, if one was at work.
+    pub instance: Option<String>,
+    /// What happened.
+    #[serde(flatten)]
+    pub event: Event<'static>,
+}
+
+impl Line {
+    /// How a person reads it.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let whose = self.instance.as_deref().or(self.brane.as_deref()).unwrap_or("gaia");
+        line(Duration::from_nanos(self.time_ns), whose, &self.event)
+    }
 }
 
 /// The answer to a request that changes something.

@@ -13,8 +13,8 @@ use wasmtime::{Engine, Store, UpdateDeadline};
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
 use super::host::{HANDLES, Host};
-use crate::statistics::{self, Statistics};
-use crate::{engine, link, plan};
+use crate::log::{Log, Subject};
+use crate::{engine, link, plan, statistics};
 
 /// What a component's start may take: the longest seen (a JavaScript engine's, emulated) is about two seconds.
 const FIRST_WITHIN: Duration = Duration::from_secs(20);
@@ -50,8 +50,9 @@ pub struct Brane {
     pre: ProxyPre<Host>,
     /// One permit for each slot of the pool, so that the pool is never asked for more than it has.
     pub slots: Arc<Semaphore>,
-    index: usize,
-    statistics: Arc<Statistics>,
+    /// Its place in the plan, the statistics and the log.
+    pub index: usize,
+    log: Arc<Log>,
     made: Cell<u64>,
     running: RefCell<BTreeMap<u64, Instant>>,
 }
@@ -66,7 +67,7 @@ impl Brane {
         index: usize,
         workers: u32,
         artefact: &OwnedFd,
-        statistics: Arc<Statistics>,
+        log: Arc<Log>,
     ) -> Result<Self, Error> {
         let at = |step| move |source| Error { name: plan.name.clone(), step, source };
         let host = plan.host.as_deref().map(gaia_manifest::Host::parse).transpose();
@@ -86,7 +87,7 @@ impl Brane {
             pre,
             slots: Arc::new(Semaphore::new(slots as usize)),
             index,
-            statistics,
+            log,
             made: Cell::new(0),
             running: RefCell::default(),
         })
@@ -99,16 +100,17 @@ impl Brane {
     /// What went wrong, or that it took more than 20 seconds.
     pub async fn first_instance(&self) -> Result<(), Error> {
         let at = |source| Error { name: self.plan.name.clone(), step: "first instance", source };
-        let mut store = self.store();
+        let mut store = self.store(0);
         let late = |_| wasmtime::format_err!("its start has not ended after {} s", FIRST_WITHIN.as_secs());
         let made = tokio::time::timeout(FIRST_WITHIN, self.pre.instantiate_async(&mut store)).await;
         made.map_err(late).and_then(|made| made).map(drop).map_err(at)
     }
 
-    /// A store for one fresh instance.
+    /// A store for one fresh instance with this serial number.
     #[must_use]
-    pub fn store(&self) -> Store<Host> {
-        let mut store = Store::new(&self.engine, Host::new(self.plan.mem_max, &self.statistics));
+    pub fn store(&self, serial: u64) -> Store<Host> {
+        let subject = Subject::Brane(self.index, serial);
+        let mut store = Store::new(&self.engine, Host::new(self.plan.mem_max, &self.log, subject));
         store.limiter(|host| &mut host.memory);
         store.set_hostcall_fuel(HOST_CALL);
         store.set_max_component_handles(HANDLES);
@@ -135,7 +137,7 @@ impl Brane {
     /// Its counters.
     #[must_use]
     pub fn count(&self) -> &statistics::Brane {
-        &self.statistics.branes[self.index]
+        &self.log.page().branes[self.index]
     }
 
     /// The next instance's serial number. Workers count in steps of their number from different starts, so that no

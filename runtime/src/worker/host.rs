@@ -1,8 +1,8 @@
 //! What one instance has on the host's side: its store's data.
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use wasmtime::ResourceLimiter;
@@ -13,7 +13,7 @@ use wasmtime_wasi::random::WasiRandomCtx;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
 
-use crate::statistics::Statistics;
+use crate::log::{Event, Log, MAX_TEXT, Stream, Subject};
 
 /// Handles an instance may hold at a time, on the host's side and on its own.
 pub const HANDLES: usize = 1024;
@@ -38,11 +38,12 @@ impl HasData for Io {
 }
 
 impl Host {
-    /// The host's side of a fresh instance with `mem_max` bytes to grow into.
+    /// The host's side of a fresh instance with `mem_max` bytes to grow into, whose lines are `subject`'s.
     #[must_use]
-    pub fn new(mem_max: u64, statistics: &Arc<Statistics>) -> Self {
-        let output = Output(Arc::clone(statistics));
-        let wasi = WasiCtxBuilder::new().stdout(output.clone()).stderr(output).build();
+    pub fn new(mem_max: u64, log: &Arc<Log>, subject: Subject) -> Self {
+        let voice = Arc::new(Voice { log: Arc::clone(log), subject, begun: Default::default() });
+        let output = |stream| Output { voice: Arc::clone(&voice), stream };
+        let wasi = WasiCtxBuilder::new().stdout(output(Stream::Out)).stderr(output(Stream::Err)).build();
         let mut table = ResourceTable::new();
         table.set_max_capacity(HANDLES);
         let mut http = WasiHttpCtx::new();
@@ -150,12 +151,72 @@ impl WasiHttpHooks for NoEgress {
     }
 }
 
-/// A guest's stdout and stderr. Bytes are counted and, until there is a log to write them to, dropped.
+/// What an instance says on its two streams, line by line into the log.
+struct Voice {
+    log: Arc<Log>,
+    subject: Subject,
+    /// Of each stream, what has not ended in a line break yet. Empty until the guest writes.
+    begun: [Mutex<Vec<u8>>; 2],
+}
+
+/// One of an instance's streams. It takes everything at once: what the log has no room for is counted there.
 #[derive(Clone)]
-struct Output(Arc<Statistics>);
+struct Output {
+    voice: Arc<Voice>,
+    stream: Stream,
+}
 
 /// What a guest may write at a time, in bytes.
 const CHUNK: usize = 64 * 1024;
+
+impl Voice {
+    fn say(&self, stream: Stream, mut bytes: &[u8]) {
+        self.log.page().worker.output.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let mut begun = self.begun(stream);
+        while let Some(end) = bytes.iter().position(|b| *b == b'\n') {
+            self.extend(stream, &mut begun, &bytes[..end]);
+            self.line(stream, &begun);
+            begun.clear();
+            bytes = &bytes[end + 1..];
+        }
+        self.extend(stream, &mut begun, bytes);
+    }
+
+    /// Adds to a line, and begins another where it gets longer than a record's text.
+    fn extend(&self, stream: Stream, begun: &mut Vec<u8>, bytes: &[u8]) {
+        let mut rest = bytes;
+        while begun.len() + rest.len() > MAX_TEXT {
+            let (piece, more) = rest.split_at(MAX_TEXT - begun.len());
+            begun.extend_from_slice(piece);
+            self.line(stream, begun);
+            begun.clear();
+            rest = more;
+        }
+        begun.extend_from_slice(rest);
+    }
+
+    fn line(&self, stream: Stream, bytes: &[u8]) {
+        let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
+        self.log.write(self.subject, &Event::Log { stream, text: String::from_utf8_lossy(bytes) });
+    }
+
+    fn begun(&self, stream: Stream) -> MutexGuard<'_, Vec<u8>> {
+        let [out, err] = &self.begun;
+        let begun = if stream == Stream::Out { out } else { err };
+        begun.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Voice {
+    fn drop(&mut self) {
+        for stream in [Stream::Out, Stream::Err] {
+            let begun = std::mem::take(&mut *self.begun(stream));
+            if !begun.is_empty() {
+                self.line(stream, &begun);
+            }
+        }
+    }
+}
 
 impl IsTerminal for Output {
     fn is_terminal(&self) -> bool {
@@ -181,7 +242,7 @@ impl Pollable for Output {
 
 impl OutputStream for Output {
     fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
-        self.0.worker.output.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.voice.say(self.stream, &bytes);
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! What a worker tells control about its instances.
+//! What a worker and control say to each other: which instances are at work, and that there is something in the log.
 
 use std::fmt;
 use std::os::fd::AsFd;
@@ -21,10 +21,15 @@ pub enum Word {
         /// Chosen by control.
         ticket: u32,
     },
+    /// The worker's alone: there are records for a reader that asked to be woken.
+    Records,
 }
 
 impl Message for Word {
     fn parse(text: &str) -> Result<Self, Unknown> {
+        if text == "records" {
+            return Ok(Self::Records);
+        }
         let ticket = text.strip_prefix("instances ").and_then(|t| t.parse().ok());
         ticket.map(|ticket| Self::Instances { ticket }).ok_or_else(|| Unknown::of(text))
     }
@@ -32,8 +37,10 @@ impl Message for Word {
 
 impl fmt::Display for Word {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Instances { ticket } = self;
-        write!(f, "instances {ticket}")
+        match self {
+            Self::Instances { ticket } => write!(f, "instances {ticket}"),
+            Self::Records => f.write_str("records"),
+        }
     }
 }
 
@@ -52,7 +59,14 @@ pub struct Instance {
 /// for.
 pub(super) async fn answer(worker: Rc<Worker>, control: Channel) {
     loop {
-        match control.receive::<Word>().await {
+        let heard = tokio::select! {
+            heard = control.receive::<Word>() => heard,
+            () = worker.log.reader_is_wanted() => {
+                let _ = control.send(&Word::Records, &[]).await;
+                continue;
+            }
+        };
+        match heard {
             Ok((Word::Instances { ticket }, _)) => {
                 let running = |b: &Rc<super::Brane>| {
                     let name = b.plan.name.clone();
@@ -66,7 +80,7 @@ pub(super) async fn answer(worker: Rc<Worker>, control: Channel) {
                     let _ = control.send(&Word::Instances { ticket }, &[list.as_fd()]).await;
                 }
             }
-            Err(wire::Error::Unknown(_) | wire::Error::Malformed) => {}
+            Ok((Word::Records, _)) | Err(wire::Error::Unknown(_) | wire::Error::Malformed) => {}
             Err(_) => return,
         }
     }
@@ -79,8 +93,9 @@ mod tests {
 
     #[test]
     fn a_word_survives_the_wire() {
-        let word = Word::Instances { ticket: 12 };
-        assert_eq!(Word::parse(&word.to_string()), Ok(word));
+        for word in [Word::Instances { ticket: 12 }, Word::Records] {
+            assert_eq!(Word::parse(&word.to_string()), Ok(word));
+        }
     }
 
     proptest! {

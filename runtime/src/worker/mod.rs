@@ -11,7 +11,7 @@ pub mod linger;
 pub mod route;
 pub mod serve;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write as _;
 use std::net::TcpListener;
@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use gaia_init::cores::parse_list;
@@ -33,6 +33,7 @@ use tokio::task::JoinHandle;
 use wasmtime::Engine;
 
 use crate::channel::{Channel, is_sealed, read_whole};
+use crate::log::Log;
 use crate::plan::{self, Plan};
 use crate::statistics::{Statistics, While};
 use brane::Brane;
@@ -51,9 +52,6 @@ const CONNECTION_BUFFER: usize = 32 * 1024;
 const CONNECTIONS: usize = 8192;
 /// How long a client may leave an answer unread, in milliseconds.
 const UNREAD_FOR: u32 = 30_000;
-/// Faults written to the kernel's log each second; more are only counted, so that no guest can flood it.
-const FAULTS_PER_SECOND: u32 = 5;
-
 /// A worker's state, shared by its tasks.
 pub struct Worker {
     core: usize,
@@ -65,21 +63,8 @@ pub struct Worker {
     pub branes: Vec<Rc<Brane>>,
     /// Its counters.
     pub statistics: Arc<Statistics>,
-    faults: Cell<(Option<Instant>, u32)>,
-}
-
-impl Worker {
-    /// Writes a fault of a guest or of the runtime to the kernel's log, at most [`FAULTS_PER_SECOND`].
-    fn fault(&self, words: &str) {
-        let (since, written) = self.faults.get();
-        let fresh = since.is_none_or(|s| s.elapsed() >= Duration::from_secs(1));
-        let (since, written) = if fresh { (Some(Instant::now()), 0) } else { (since, written) };
-        self.faults.set((since, written.saturating_add(1)));
-        if written < FAULTS_PER_SECOND {
-            let words: String = words.chars().map(|c| if c.is_control() { ' ' } else { c }).take(400).collect();
-            say(self.core, &words);
-        }
-    }
+    /// Its log.
+    pub log: Arc<Log>,
 }
 
 /// One line on standard error, which is the kernel's log on the appliance. It never blocks there.
@@ -126,10 +111,11 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
         read_whole(descriptors.take(&format!("file-{}", plan::FILE))?, plan::MAX_BYTES).context("reading the plan")?;
     let plan: Plan = serde_json::from_slice(&plan).context("reading the plan")?;
     let statistics = Arc::new(Statistics::map(descriptors.take("statistics")?).context("mapping the statistics")?);
+    let log = Arc::new(Log::new(Arc::clone(&statistics)));
     let artefacts = descriptors.take_all("file-");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
-    let branes = link_all(&plan, &artefacts, &statistics)?;
+    let branes = link_all(&plan, &artefacts, &log)?;
     drop(artefacts);
     // Before the first instance is made: its start may be the first thing that must be interrupted.
     tick(branes.iter().map(|b| b.engine.clone()).collect(), place, descriptors.take("tick").ok())?;
@@ -139,27 +125,17 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
         }
         anyhow::Ok(())
     })?;
-    let worker = Rc::new(Worker {
-        core: place.core,
-        number: place.number,
-        workers: plan.workers,
-        branes,
-        statistics,
-        faults: Cell::new((None, 0)),
-    });
+    let worker =
+        Rc::new(Worker { core: place.core, number: place.number, workers: plan.workers, branes, statistics, log });
     local.block_on(&runtime, live(worker, descriptors))
 }
 
-fn link_all(
-    plan: &Plan,
-    artefacts: &[(String, OwnedFd)],
-    statistics: &Arc<Statistics>,
-) -> anyhow::Result<Vec<Rc<Brane>>> {
+fn link_all(plan: &Plan, artefacts: &[(String, OwnedFd)], log: &Arc<Log>) -> anyhow::Result<Vec<Rc<Brane>>> {
     let link = |(index, brane): (usize, &plan::Brane)| {
         let artefact = artefacts.iter().find(|(name, _)| *name == brane.artefact);
         let (_, artefact) = artefact.with_context(|| format!("{}: its artefact was not handed down", brane.name))?;
         anyhow::ensure!(is_sealed(artefact), "{}: its artefact could still change", brane.name);
-        Ok(Rc::new(Brane::link(brane, index, plan.workers, artefact, Arc::clone(statistics))?))
+        Ok(Rc::new(Brane::link(brane, index, plan.workers, artefact, Arc::clone(log))?))
     };
     plan.branes.iter().enumerate().map(link).collect()
 }

@@ -1,5 +1,6 @@
 //! The request path: parse → route → take an instance → guest → respond → release.
 
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -8,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
@@ -25,6 +26,7 @@ use wasmtime_wasi_http::{Error, WasiHttpView as _};
 use super::Worker;
 use super::brane::Brane;
 use super::route;
+use crate::log::{Event, Subject};
 use crate::statistics::While;
 
 /// Requests that may wait for an instance of one brane in one worker; more are refused at once.
@@ -55,23 +57,110 @@ pub async fn serve(connection: Rc<Connection>, request: Request<Incoming>) -> Re
     statistics.worker.requests.fetch_add(1, Relaxed);
     let inside = While::counted(statistics, |page| &page.worker.inside);
     connection.fresh.take();
-    Ok(dispatch(&connection, request, began, inside).await.unwrap_or_else(Own::answer))
+    let exchange = Rc::new(Exchange::new(&connection.worker));
+    let answer = dispatch(&connection, request, began, inside, &exchange).await;
+    Ok(answer.unwrap_or_else(|own| {
+        exchange.status.set(own.status.as_u16());
+        if exchange.why.borrow().is_empty() {
+            exchange.why.replace(own.words.clone());
+        }
+        own.answer()
+    }))
+}
+
+/// A request and its answer, from the head of the one to the end of the other. Whoever works on it holds it; when the last
+/// lets go, it writes what became of it to the log.
+struct Exchange {
+    worker: Rc<Worker>,
+    /// Whose request it is: nobody's until it is routed.
+    subject: Cell<Subject>,
+    /// The answer's status, 0 before there is one.
+    status: Cell<u16>,
+    /// Why the runtime gave that answer, if it did.
+    why: RefCell<Cow<'static, str>>,
+    /// Processor time of the guest.
+    cpu: Cell<Duration>,
+    /// Of an instance that was made: how long that took, and since when it has been at work.
+    instance: Cell<Option<(Duration, Instant)>>,
+    /// How long it was at work; nothing if the client was gone before it was done.
+    exec: Cell<Option<Duration>>,
+    late: Cell<bool>,
+}
+
+impl Exchange {
+    fn new(worker: &Rc<Worker>) -> Self {
+        Self {
+            worker: Rc::clone(worker),
+            subject: Cell::new(Subject::Worker),
+            status: Cell::new(0),
+            why: RefCell::default(),
+            cpu: Cell::default(),
+            instance: Cell::default(),
+            exec: Cell::default(),
+            late: Cell::default(),
+        }
+    }
+
+    fn log(&self, event: &Event<'_>) {
+        self.worker.log.write(self.subject.get(), event);
+    }
+
+    /// The deadline passed: said once, whoever notices it first.
+    fn is_late(&self, brane: &Brane) {
+        if !self.late.replace(true) {
+            brane.count().late.fetch_add(1, Relaxed);
+            self.log(&Event::Kill { text: format!("deadline of {:?}", brane.plan.deadline).into() });
+        }
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let status = self.status.get();
+        if status > 0 {
+            let text = self.why.borrow();
+            self.log(&Event::Response { status, cpu: self.cpu.get(), text: text.as_ref().into() });
+        }
+        if let Some((cold, since)) = self.instance.get() {
+            let text = if self.exec.get().is_none() && !self.late.get() { "the client was gone" } else { "" };
+            let exec = self.exec.get().unwrap_or_else(|| since.elapsed());
+            self.log(&Event::End { cold, exec, ready: false, text: text.into() });
+        }
+    }
+}
+
+/// Does the work, and adds up the processor time of its turns.
+async fn metered<F: Future>(work: F, cpu: &Cell<Duration>) -> F::Output {
+    let mut work = std::pin::pin!(work);
+    std::future::poll_fn(|cx| {
+        let before = thread_cpu();
+        let polled = work.as_mut().poll(cx);
+        cpu.set(cpu.get() + thread_cpu().saturating_sub(before));
+        polled
+    })
+    .await
+}
+
+/// The processor time that this thread has had.
+fn thread_cpu() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
 /// An answer that the runtime gives itself.
 struct Own {
     status: StatusCode,
-    words: String,
+    words: Cow<'static, str>,
     retry_after: Option<u64>,
 }
 
-fn own(status: StatusCode, words: impl Into<String>) -> Own {
+fn own(status: StatusCode, words: impl Into<Cow<'static, str>>) -> Own {
     Own { status, words: words.into(), retry_after: None }
 }
 
 impl Own {
     fn answer(self) -> Answer {
-        let mut answer = Response::new(Either::Left(Full::new(Bytes::from(self.words + "\n"))));
+        let mut answer = Response::new(Either::Left(Full::new(Bytes::from(self.words.into_owned() + "\n"))));
         *answer.status_mut() = self.status;
         answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         if let Some(seconds) = self.retry_after {
@@ -86,13 +175,16 @@ async fn dispatch(
     request: Request<Incoming>,
     began: Instant,
     inside: While,
+    exchange: &Rc<Exchange>,
 ) -> Result<Answer, Own> {
     let worker = &connection.worker;
     let (request, host) = normalised(request, connection.peer)?;
     let Some(brane) = route::find(&worker.branes, &host, request.uri().path()) else {
         worker.statistics.worker.no_route.fetch_add(1, Relaxed);
+        exchange.why.replace(format!("no brane is served at {host}{}", request.uri().path()).into());
         return Err(own(StatusCode::NOT_FOUND, "no brane is served here"));
     };
+    exchange.subject.set(Subject::Brane(brane.index, 0));
     brane.count().requests.fetch_add(1, Relaxed);
     let body_max = brane.plan.body_max;
     let too_large = || own(StatusCode::PAYLOAD_TOO_LARGE, format!("the body may have {body_max} bytes"));
@@ -105,10 +197,10 @@ async fn dispatch(
     let request = request.map(|body| Bounded { body, left: body_max, over: Arc::clone(&over) });
     let (sender, head) = oneshot::channel();
     let broken = Arc::new(AtomicBool::new(false));
-    let guest = Guest::begin(Rc::clone(worker), Rc::clone(&brane), Arc::clone(&broken), Arc::clone(&over));
+    let guest = Guest::begin(Rc::clone(exchange), Rc::clone(&brane), Arc::clone(&broken), Arc::clone(&over));
     let mut task = Task(tokio::task::spawn_local(run(guest, permit, request, sender, deadline)));
     let late = || {
-        brane.count().late.fetch_add(1, Relaxed);
+        exchange.is_late(&brane);
         own(StatusCode::GATEWAY_TIMEOUT, "the deadline passed before there was an answer")
     };
     match tokio::time::timeout_at(deadline.into(), head).await {
@@ -119,9 +211,10 @@ async fn dispatch(
         }
         Ok(Ok(Ok(response))) => {
             let late = Box::pin(tokio::time::sleep_until(deadline.into()));
-            let reset = Rc::clone(&connection.broken);
+            let (reset, exchange) = (Rc::clone(&connection.broken), Rc::clone(exchange));
+            exchange.status.set(response.status().as_u16());
             Ok(response.map(|body| {
-                Either::Right(GuestBody { body, late, broken, reset, brane, _task: task, _inside: inside })
+                Either::Right(GuestBody { body, late, broken, reset, brane, exchange, _task: task, _inside: inside })
             }))
         }
         Ok(Ok(Err(code))) => {
@@ -169,7 +262,7 @@ fn normalised(mut request: Request<Incoming>, peer: SocketAddr) -> Result<(Reque
     if request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT {
         return Err(own(StatusCode::NOT_IMPLEMENTED, "no protocol to upgrade to, and no tunnels"));
     }
-    let bad = |what: &str| own(StatusCode::BAD_REQUEST, what);
+    let bad = |what: &'static str| own(StatusCode::BAD_REQUEST, what);
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let authority = match (request.uri().authority(), hosts.next(), hosts.next()) {
         (_, _, Some(_)) => return Err(bad("more than one Host")),
@@ -217,7 +310,7 @@ enum Ended {
 
 /// An instance at work; the counts go down when it is gone, however it goes.
 struct Guest {
-    worker: Rc<Worker>,
+    exchange: Rc<Exchange>,
     brane: Rc<Brane>,
     serial: u64,
     /// Set before the instance's part of the answer's stream is dropped, when it ended as it should not.
@@ -227,11 +320,12 @@ struct Guest {
 }
 
 impl Guest {
-    fn begin(worker: Rc<Worker>, brane: Rc<Brane>, broken: Arc<AtomicBool>, over: Arc<AtomicBool>) -> Self {
-        let serial = brane.begin(worker.number, worker.workers);
+    fn begin(exchange: Rc<Exchange>, brane: Rc<Brane>, broken: Arc<AtomicBool>, over: Arc<AtomicBool>) -> Self {
+        let serial = brane.begin(exchange.worker.number, exchange.worker.workers);
+        exchange.subject.set(Subject::Brane(brane.index, serial));
         brane.count().busy.fetch_add(1, Relaxed);
         brane.count().instances.fetch_add(1, Relaxed);
-        Self { worker, brane, serial, broken, over }
+        Self { exchange, brane, serial, broken, over }
     }
 
     /// The instance's name.
@@ -242,13 +336,13 @@ impl Guest {
     fn trapped(&self, cause: &wasmtime::Error) -> Ended {
         if !self.over.load(Relaxed) {
             self.brane.count().traps.fetch_add(1, Relaxed);
-            self.worker.fault(&format!("{}: trap: {}", self.id(), cause.root_cause()));
+            self.exchange.log(&Event::Trap { text: cause.root_cause().to_string().into() });
         }
         Ended::Trap(self.id())
     }
 
     fn failed(&self, what: &str, cause: &wasmtime::Error) -> Ended {
-        self.worker.fault(&format!("{}: {what}: {cause:#}", self.id()));
+        self.exchange.log(&Event::Fault { text: format!("{what}: {cause:#}").into() });
         Ended::Host(self.id())
     }
 }
@@ -273,7 +367,7 @@ async fn run(
 ) -> Ended {
     let brane = &guest.brane;
     let dispatched = Instant::now();
-    let mut store = brane.store();
+    let mut store = brane.store(guest.serial);
     let mut http = store.data_mut().http();
     let request = match http.new_incoming_request(Scheme::Http, request) {
         Ok(request) => request,
@@ -285,20 +379,25 @@ async fn run(
     };
     let work = async {
         let proxy = brane.pre().instantiate_async(&mut store).await.map_err(|e| guest.failed("instantiate", &e))?;
-        let cold = u64::try_from(dispatched.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        brane.count().cold_ns.fetch_add(cold, Relaxed);
+        let cold = dispatched.elapsed();
+        brane.count().cold_ns.fetch_add(u64::try_from(cold.as_nanos()).unwrap_or(u64::MAX), Relaxed);
+        guest.exchange.instance.set(Some((cold, Instant::now())));
         Ok(proxy.wasi_http_incoming_handler().call_handle(&mut store, request, outparam).await)
     };
-    let ended = match tokio::time::timeout_at(deadline.into(), work).await {
+    let ended = match tokio::time::timeout_at(deadline.into(), metered(work, &guest.exchange.cpu)).await {
         Err(_) => Ended::Late,
         Ok(Err(ended)) => ended,
         Ok(Ok(Ok(()))) => Ended::Returned,
         Ok(Ok(Err(e))) if e.downcast_ref::<I32Exit>().is_some() => Ended::Returned,
         Ok(Ok(Err(e))) => guest.trapped(&e),
     };
+    if matches!(ended, Ended::Late) {
+        guest.exchange.is_late(brane);
+    }
     if !matches!(ended, Ended::Returned) {
         guest.broken.store(true, Relaxed);
     }
+    guest.exchange.exec.set(guest.exchange.instance.get().map(|(_, since)| since.elapsed()));
     // The store first: what the instance held must be back in the pool before the slot is free.
     drop(store);
     drop(permit);
@@ -322,6 +421,7 @@ pub struct GuestBody {
     broken: Arc<AtomicBool>,
     reset: Rc<Cell<bool>>,
     brane: Rc<Brane>,
+    exchange: Rc<Exchange>,
     _task: Task,
     _inside: While,
 }
@@ -332,7 +432,7 @@ impl Body for GuestBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         if self.late.as_mut().poll(cx).is_ready() {
-            self.brane.count().late.fetch_add(1, Relaxed);
+            self.exchange.is_late(&self.brane);
             self.reset.set(true);
             return Poll::Ready(Some(Err(Error::HttpResponseTimeout)));
         }

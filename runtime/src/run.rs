@@ -1,0 +1,267 @@
+//! `gaia run`: a graph on a workstation. A launcher in init's place: the same table of roles and the same supervisor, in
+//! an ordinary process.
+//!
+//! ```text
+//! gaia run ── supervisor, one thread
+//!  ├─ control      the manifest's folder in place of the seed
+//!  ├─ compile …
+//!  ├─ worker × core
+//!  └─ log          `gaia logs --follow` on this terminal
+//! ```
+//!
+//! What it cannot do without privileges it says when it starts: users of their own, cgroups. It opens one socket for
+//! `gaia status`, `ps` and `logs`, in a folder of its own that nobody else may enter, and removes it at the end.
+
+use std::ffi::CStr;
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use gaia_init::cores::Cores;
+use gaia_init::lines::Lines;
+use gaia_init::listeners::{self, Listener};
+use gaia_init::roles::{Kind, Place, Role};
+use gaia_init::spawn::Confinement;
+use gaia_init::supervise::{End, Machine, Supervisor};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::process::Resource;
+
+use crate::log::text::clock;
+
+/// What is to be run, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The manifest.
+    pub file: PathBuf,
+    /// Deploy again when a file changes.
+    pub watch: bool,
+    /// Where to listen.
+    pub listen: Vec<SocketAddr>,
+    /// Workers at most; as many as there are cores for, if not said.
+    pub workers: Option<NonZeroUsize>,
+}
+
+/// Runs a graph until it is interrupted. Failure means that it never served, or that the supervision broke.
+///
+/// Must be called while the process has a single thread.
+///
+/// # Errors
+/// If the manifest cannot be read, an address is taken, or the system refuses what is needed.
+pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    let (file, shown) = (&options.file, options.file.display());
+    File::open(file).with_context(|| format!("{shown}"))?;
+    let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = File::open(folder).with_context(|| format!("{}", folder.display()))?;
+    let cores = cores(options.workers);
+    let listeners = listen(&options.listen, &cores)?;
+    let own = Own::make()?;
+    let mut launcher = Launcher::new(options, folder.into(), &own)?;
+    launcher.say("not enforced here: users of their own and cgroups; the appliance has both");
+    launcher.say(&format!("{cores}; operate it with: gaia --api {} ps", own.socket().display()));
+    let mut supervisor = Supervisor::new(launcher, cores, listeners, &[Kind::Control, Kind::Log])?;
+    supervisor.run()?;
+    let served = supervisor.serving().is_some();
+    supervisor.machine().finish();
+    Ok(if served { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The cores this process may use, divided as on the appliance.
+fn cores(most: Option<NonZeroUsize>) -> Cores {
+    let set = rustix::thread::sched_getaffinity(None).ok();
+    let online: Vec<usize> =
+        set.iter().flat_map(|set| (0..rustix::thread::CpuSet::MAX_CPU).filter(|core| set.is_set(*core))).collect();
+    let mut cores = Cores::divide(&online);
+    cores.workers.truncate(most.map_or(usize::MAX, NonZeroUsize::get));
+    cores
+}
+
+fn listen(addresses: &[SocketAddr], cores: &Cores) -> anyhow::Result<Vec<Listener>> {
+    for address in addresses {
+        // The sockets themselves share their port with each other, so they would share it with a stranger's as well.
+        let free = TcpListener::bind(address);
+        free.with_context(|| format!("{address} cannot be had; another one: --listen 127.0.0.1:8081"))?;
+    }
+    let opened = listeners::open(addresses, &cores.workers);
+    match opened.errors.into_iter().next() {
+        Some(error) => Err(error.into()),
+        None => Ok(opened.listeners),
+    }
+}
+
+/// A folder of this process's own, with the socket of control's API; both are gone when it is dropped.
+struct Own {
+    folder: PathBuf,
+    listener: UnixListener,
+}
+
+impl Own {
+    fn make() -> anyhow::Result<Self> {
+        let parent = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+        let folder = parent.join(format!("gaia-run-{}", std::process::id()));
+        // One that is there belongs to a process that had this number before and did not end well, or to a stranger:
+        // then making it anew fails.
+        let _ = std::fs::remove_file(folder.join("control.sock"));
+        let _ = std::fs::remove_dir(&folder);
+        DirBuilder::new().mode(0o700).create(&folder).with_context(|| format!("{}", folder.display()))?;
+        let socket = folder.join("control.sock");
+        let listener = UnixListener::bind(&socket).with_context(|| format!("{}", socket.display()))?;
+        Ok(Self { folder, listener })
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.join("control.sock")
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.socket());
+        let _ = std::fs::remove_dir(&self.folder);
+    }
+}
+
+/// An ordinary process as the supervisor sees it.
+struct Launcher {
+    file: String,
+    watch: bool,
+    folder: OwnedFd,
+    api: OwnedFd,
+    socket: String,
+    null: OwnedFd,
+    /// What waits for standard error.
+    lines: Lines,
+    error: OwnedFd,
+    output: OwnedFd,
+}
+
+impl Launcher {
+    fn new(options: &Options, folder: OwnedFd, own: &Own) -> io::Result<Self> {
+        Ok(Self {
+            file: options.file.to_string_lossy().into_owned(),
+            watch: options.watch,
+            folder,
+            api: own.listener.try_clone()?.into(),
+            socket: own.socket().to_string_lossy().into_owned(),
+            null: File::options().read(true).write(true).open("/dev/null")?.into(),
+            lines: Lines::default(),
+            error: io::stderr().as_fd().try_clone_to_owned()?,
+            output: io::stdout().as_fd().try_clone_to_owned()?,
+        })
+    }
+
+    /// Shows what is left, for at most a second.
+    fn finish(&mut self) {
+        for _ in 0..50 {
+            if !self.show() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Machine for Launcher {
+    fn say(&mut self, line: &str) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.relay(&format!("Ω {} gaia {line}", clock(now)));
+    }
+
+    fn relay(&mut self, line: &str) {
+        self.lines.push(format!("{line}\n"));
+        self.show();
+    }
+
+    fn show(&mut self) -> bool {
+        let error = &self.error;
+        // A terminal may be stopped, and standard error is not this process's alone to make non-blocking. One line at a
+        // time is never more than what is free when it says that it is ready.
+        self.lines.write(|bytes| {
+            let mut ready = [PollFd::new(error, PollFlags::OUT)];
+            match rustix::event::poll(&mut ready, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+                Ok(0) => Err(Errno::AGAIN),
+                Ok(_) => rustix::io::write(error, bytes),
+                Err(e) => Err(e),
+            }
+        })
+    }
+
+    /// The program that runs, whatever has taken its place on the disk since it was started.
+    fn program(&self, _: &Role) -> &CStr {
+        c"/proc/self/exe"
+    }
+
+    fn farewell(&self, _: End) -> &'static str {
+        "going down"
+    }
+
+    fn confinement(&self, role: &Role, number: Option<usize>) -> Confinement<'_> {
+        let most = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+        let mut limits = vec![(Resource::Nofile, role.max_files.min(most)), (Resource::Core, 0)];
+        limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
+        limits.extend(role.max_memory.map(|bytes| (Resource::As, bytes)));
+        let core = number.filter(|_| role.place == Place::OwnCore);
+        Confinement { user: None, core, cgroups: Vec::new(), limits }
+    }
+
+    fn stdio(&self, role: &Role) -> [BorrowedFd<'_>; 3] {
+        let output = if role.terminal { &self.output } else { &self.error };
+        [self.null.as_fd(), output.as_fd(), self.error.as_fd()]
+    }
+
+    fn descriptors(&self, role: &Role) -> Vec<(String, BorrowedFd<'_>)> {
+        match role.kind {
+            Kind::Control => vec![("api".into(), self.api.as_fd()), ("seed".into(), self.folder.as_fd())],
+            _ => Vec::new(),
+        }
+    }
+
+    fn environment(&self, role: &Role) -> Vec<(String, String)> {
+        match role.kind {
+            Kind::Control => {
+                let mut all = vec![("GAIA_GRAPH".into(), self.file.clone())];
+                all.extend(self.watch.then(|| ("GAIA_WATCH".into(), "1".into())));
+                all
+            }
+            Kind::Log => vec![("GAIA_API".into(), self.socket.clone())],
+            _ => Vec::new(),
+        }
+    }
+
+    fn pet(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_taken_address_is_refused_although_the_sockets_would_share_it() {
+        let cores = Cores::divide(&[0]);
+        let address: SocketAddr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let held = listen(&[address], &cores).unwrap();
+        let error = listen(&[address], &cores).err().unwrap();
+        assert!(format!("{error:#}").contains(&address.to_string()), "{error:#}");
+        drop(held);
+        assert!(listen(&[address], &cores).is_ok());
+    }
+
+    #[test]
+    fn the_socket_is_in_a_folder_of_its_own_and_goes_with_it() {
+        let own = Own::make().unwrap();
+        let folder = own.folder.clone();
+        let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&folder).unwrap());
+        assert_eq!(mode & 0o777, 0o700);
+        assert!(own.socket().exists());
+        drop(own);
+        assert!(!folder.exists());
+    }
+}
