@@ -142,7 +142,7 @@ clippy:
 
 .PHONY: unit
 unit:
-	@cargo test $(FLAGS) --lib --bins --test golden --test properties
+	@cargo test $(FLAGS) --lib --bins --test golden --test properties --test link
 	@cargo test $(FLAGS) --doc
 	@cargo test $(FLAGS) -p gaia-branes --lib
 

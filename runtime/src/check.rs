@@ -122,7 +122,7 @@ impl Review {
                 let keys = link::keys_of(&import.name);
                 let granted = brane.capabilities.iter().any(|g| keys.contains(&g.capability.key()));
                 match keys.as_slice() {
-                    [] if link::BASE.contains(&link::unversioned(&import.name)) => {}
+                    [] if link::is_inert(&import.name) => {}
                     [] => drop(writeln!(out, "  imports  {:<44} unknown", import.name)),
                     keys => {
                         let verdict = if granted { "granted" } else { "MISSING" };

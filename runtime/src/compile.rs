@@ -16,7 +16,7 @@ use wasmtime::component::types::ComponentItem;
 
 use crate::channel::{read_whole, sealed};
 use crate::plan::Needs;
-use crate::{engine, link};
+use crate::{capability, engine, link};
 
 /// The largest component that is compiled, in bytes: JavaScript toolchains make up to 18 MB.
 pub const MAX_COMPONENT: u64 = 64 << 20;
@@ -64,7 +64,7 @@ pub struct Report {
     pub exports: Vec<String>,
     /// What an instance needs of a pool.
     pub needs: Option<Needs>,
-    /// Why the linker of the base cannot instantiate it, in Wasmtime's words.
+    /// Why it could not be instantiated even if everything were granted, in Wasmtime's words.
     pub unlinked: Option<String>,
 }
 
@@ -129,7 +129,7 @@ pub fn compile(component: &[u8]) -> wasmtime::Result<(Report, Vec<u8>)> {
         tables: r.num_tables,
         table_elements: r.max_initial_table_size.unwrap_or(0),
     });
-    let unlinked = link::base(&engine)?.instantiate_pre(&compiled).err().map(|e| format!("{e:#}"));
+    let unlinked = link::linker(&engine, &capability::ALL)?.instantiate_pre(&compiled).err().map(|e| format!("{e:#}"));
     let report = Report { error: None, imports: imports.collect(), exports: exports.collect(), needs, unlinked };
     Ok((report, compiled.serialize()?))
 }

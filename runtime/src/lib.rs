@@ -13,6 +13,7 @@
 //!    └── HTTP over a Unix socket ◀── gaia status · ps · … (console, command line)
 //! ```
 
+pub mod capability;
 pub mod channel;
 pub mod check;
 pub mod client;

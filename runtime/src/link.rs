@@ -8,53 +8,69 @@ use wasmtime_wasi::random::WasiRandom;
 use wasmtime_wasi_http::p2::bindings as wasi_http;
 use wasmtime_wasi_http::{WasiHttp, WasiHttpView as _};
 
+use crate::capability::{self, Capability};
 use crate::worker::host::{Host, Io};
 
-/// Interfaces without authority: every brane has them. Names without their version.
-pub const BASE: &[&str] = &[
-    "wasi:io/error",
-    "wasi:io/poll",
-    "wasi:io/streams",
-    "wasi:http/types",
-    "wasi:cli/environment",
-    "wasi:cli/exit",
-    "wasi:cli/stdin",
-    "wasi:cli/stdout",
-    "wasi:cli/stderr",
-    "wasi:cli/terminal-input",
-    "wasi:cli/terminal-output",
-    "wasi:cli/terminal-stdin",
-    "wasi:cli/terminal-stdout",
-    "wasi:cli/terminal-stderr",
-    "wasi:random/insecure",
-    "wasi:random/insecure-seed",
-];
+/// An interface that can be linked.
+#[derive(Debug, Clone, Copy)]
+pub struct Interface {
+    /// Its name without a version.
+    pub name: &'static str,
+    /// Puts it into a linker.
+    pub add: fn(&mut Linker<Host>) -> wasmtime::Result<()>,
+}
 
-/// Which capability key links which interfaces.
-pub const KEYS: &[(&str, &[&str])] = &[
-    ("net.http", &["wasi:http/outgoing-handler"]),
-    ("net.dns", &["wasi:sockets/network", "wasi:sockets/instance-network", "wasi:sockets/ip-name-lookup"]),
-    (
-        "net.tcp",
-        &[
-            "wasi:sockets/network",
-            "wasi:sockets/instance-network",
-            "wasi:sockets/tcp",
-            "wasi:sockets/tcp-create-socket",
-        ],
-    ),
-    (
-        "net.udp",
-        &[
-            "wasi:sockets/network",
-            "wasi:sockets/instance-network",
-            "wasi:sockets/udp",
-            "wasi:sockets/udp-create-socket",
-        ],
-    ),
-    ("fs.tmp", &["wasi:filesystem/types", "wasi:filesystem/preopens"]),
-    ("clock", &["wasi:clocks/wall-clock", "wasi:clocks/monotonic-clock"]),
-    ("random", &["wasi:random/random"]),
+/// The environment: every brane's, and empty without `env`.
+pub const ENVIRONMENT: Interface = Interface {
+    name: "wasi:cli/environment",
+    add: |l| wasi::cli::environment::add_to_linker::<Host, WasiCli>(l, Host::cli),
+};
+
+/// Interfaces without authority: every brane has them.
+pub const BASE: &[Interface] = &[
+    Interface { name: "wasi:io/error", add: |l| wasi_io::error::add_to_linker::<Host, Io>(l, Host::table) },
+    Interface { name: "wasi:io/poll", add: |l| wasi_io::poll::add_to_linker::<Host, Io>(l, Host::table) },
+    Interface { name: "wasi:io/streams", add: |l| wasi_io::streams::add_to_linker::<Host, Io>(l, Host::table) },
+    Interface {
+        name: "wasi:http/types",
+        add: |l| {
+            let options = wasi_http::http::types::LinkOptions::default();
+            wasi_http::http::types::add_to_linker::<Host, WasiHttp>(l, &options, Host::http)
+        },
+    },
+    ENVIRONMENT,
+    Interface { name: "wasi:cli/exit", add: |l| wasi::cli::exit::add_to_linker::<Host, WasiCli>(l, Host::cli) },
+    Interface { name: "wasi:cli/stdin", add: |l| wasi::cli::stdin::add_to_linker::<Host, WasiCli>(l, Host::cli) },
+    Interface { name: "wasi:cli/stdout", add: |l| wasi::cli::stdout::add_to_linker::<Host, WasiCli>(l, Host::cli) },
+    Interface { name: "wasi:cli/stderr", add: |l| wasi::cli::stderr::add_to_linker::<Host, WasiCli>(l, Host::cli) },
+    Interface {
+        name: "wasi:cli/terminal-input",
+        add: |l| wasi::cli::terminal_input::add_to_linker::<Host, WasiCli>(l, Host::cli),
+    },
+    Interface {
+        name: "wasi:cli/terminal-output",
+        add: |l| wasi::cli::terminal_output::add_to_linker::<Host, WasiCli>(l, Host::cli),
+    },
+    Interface {
+        name: "wasi:cli/terminal-stdin",
+        add: |l| wasi::cli::terminal_stdin::add_to_linker::<Host, WasiCli>(l, Host::cli),
+    },
+    Interface {
+        name: "wasi:cli/terminal-stdout",
+        add: |l| wasi::cli::terminal_stdout::add_to_linker::<Host, WasiCli>(l, Host::cli),
+    },
+    Interface {
+        name: "wasi:cli/terminal-stderr",
+        add: |l| wasi::cli::terminal_stderr::add_to_linker::<Host, WasiCli>(l, Host::cli),
+    },
+    Interface {
+        name: "wasi:random/insecure",
+        add: |l| wasi::random::insecure::add_to_linker::<Host, WasiRandom>(l, Host::random),
+    },
+    Interface {
+        name: "wasi:random/insecure-seed",
+        add: |l| wasi::random::insecure_seed::add_to_linker::<Host, WasiRandom>(l, Host::random),
+    },
 ];
 
 /// The name of an interface without its version.
@@ -63,40 +79,34 @@ pub fn unversioned(import: &str) -> &str {
     import.split_once('@').map_or(import, |(name, _)| name)
 }
 
+/// Whether every brane has this interface.
+#[must_use]
+pub fn is_inert(import: &str) -> bool {
+    BASE.iter().any(|interface| interface.name == unversioned(import))
+}
+
 /// The keys that link an interface; none if it is in the base, or if nothing links it.
 #[must_use]
 pub fn keys_of(import: &str) -> Vec<&'static str> {
-    let name = unversioned(import);
-    KEYS.iter().filter(|(_, interfaces)| interfaces.contains(&name)).map(|(key, _)| *key).collect()
+    if is_inert(import) {
+        return Vec::new();
+    }
+    let links = |c: &&dyn Capability| c.interfaces().iter().any(|interface| interface.name == unversioned(import));
+    capability::ALL.into_iter().filter(links).map(Capability::key).collect()
 }
 
-/// Makes a linker with the base alone.
+/// Makes a linker with the base and what these capabilities link.
 ///
 /// # Errors
-/// Wasmtime's, if an interface were defined twice.
-pub fn base(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Host>> {
+/// Wasmtime's, if an interface cannot be defined.
+pub fn linker(engine: &wasmtime::Engine, granted: &[&dyn Capability]) -> wasmtime::Result<Linker<Host>> {
+    let mut interfaces = BASE.to_vec();
+    interfaces.extend(granted.iter().flat_map(|capability| capability.interfaces()));
+    interfaces.sort_by_key(|interface| interface.name);
+    // Two capabilities may bring the same one.
+    interfaces.dedup_by_key(|interface| interface.name);
     let mut linker = Linker::new(engine);
-    let l = &mut linker;
-    wasi_io::error::add_to_linker::<Host, Io>(l, Host::table)?;
-    wasi_io::poll::add_to_linker::<Host, Io>(l, Host::table)?;
-    wasi_io::streams::add_to_linker::<Host, Io>(l, Host::table)?;
-    wasi_http::http::types::add_to_linker::<Host, WasiHttp>(
-        l,
-        &wasi_http::http::types::LinkOptions::default(),
-        Host::http,
-    )?;
-    wasi::cli::environment::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::exit::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::stdin::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::stdout::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::stderr::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::terminal_input::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::terminal_output::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::terminal_stdin::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::terminal_stdout::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::cli::terminal_stderr::add_to_linker::<Host, WasiCli>(l, Host::cli)?;
-    wasi::random::insecure::add_to_linker::<Host, WasiRandom>(l, Host::random)?;
-    wasi::random::insecure_seed::add_to_linker::<Host, WasiRandom>(l, Host::random)?;
+    interfaces.into_iter().try_for_each(|interface| (interface.add)(&mut linker))?;
     Ok(linker)
 }
 
@@ -109,21 +119,6 @@ mod tests {
         assert_eq!(keys_of("wasi:http/outgoing-handler@0.2.12"), ["net.http"]);
         assert_eq!(keys_of("wasi:sockets/network@0.2.12"), ["net.dns", "net.tcp", "net.udp"]);
         assert!(keys_of("wasi:io/streams@0.2.12").is_empty());
-    }
-
-    #[test]
-    fn no_interface_is_both_inert_and_granted() {
-        for (key, interfaces) in KEYS {
-            assert!(gaia_manifest::KEYS.contains(key), "{key} cannot be written in a manifest");
-            for interface in *interfaces {
-                assert!(!BASE.contains(interface), "{interface}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_linker_of_the_base_can_be_made() {
-        let engine = crate::engine::for_compiler().unwrap();
-        assert!(base(&engine).is_ok());
+        assert!(keys_of("wasi:cli/environment@0.2.12").is_empty());
     }
 }

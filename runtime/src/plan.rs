@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use gaia_manifest::Capability;
 use serde::{Deserialize, Serialize};
 
 /// The name of the plan among a generation's files.
@@ -40,6 +41,8 @@ pub struct Brane {
     pub host: Option<String>,
     /// Path prefix of its requests, on segment boundaries.
     pub path: String,
+    /// What it is granted.
+    pub grants: Vec<Capability>,
     /// Instances on the whole appliance.
     pub replicas: u32,
     /// Bytes an instance's memories and tables may have together.

@@ -1,15 +1,14 @@
 //! The security review of a manifest: what its components import, held against what it grants. The same judgement, in
 //! the same words, for `gaia check` and for a deploy.
 
-use gaia_manifest::{Brane, Capability, Diagnostic, Image, Lifecycle, Manifest};
+use gaia_manifest::{Brane, Capability as Grant, Diagnostic, Image, Lifecycle, Manifest};
 
+use crate::capability::{self, Capability};
 use crate::compile::{Import, Report};
 use crate::link;
 
 /// What a component must export to be served.
 const HANDLER: &str = "wasi:http/incoming-handler";
-/// Keys that this version links: none beyond the base yet.
-const GRANTABLE: &[&str] = &[];
 
 /// What a manifest asks for that this version does not do, whatever its components are.
 #[must_use]
@@ -36,9 +35,12 @@ pub fn unsupported(manifest: &Manifest) -> Vec<Diagnostic> {
             let message = format!("{name}: this version does not enforce cpu_quota");
             all.push(Diagnostic::warning(quota.span.clone(), message, "has no effect yet"));
         }
-        for grant in brane.capabilities.iter().filter(|g| !GRANTABLE.contains(&g.capability.key())) {
-            let message = format!("{name}: this version cannot grant \"{}\" yet", grant.capability.key());
-            all.push(Diagnostic::error(grant.span.clone(), message, "cannot be granted"));
+        for grant in &brane.capabilities {
+            let key = grant.capability.key();
+            if let Some(what) = capability::with_key(key).and_then(|c| c.missing(&grant.capability)) {
+                let message = format!("{name}: \"{key}\" links, but in this version {what}");
+                all.push(Diagnostic::warning(grant.span.clone(), message, "has no effect yet"));
+            }
         }
     }
     all
@@ -50,7 +52,7 @@ pub fn unsupported(manifest: &Manifest) -> Vec<Diagnostic> {
 pub fn of(brane: &Brane, report: &Report) -> Vec<Diagnostic> {
     let name = &brane.name.value;
     let mut all: Vec<Diagnostic> = report.imports.iter().filter_map(|import| refused(brane, import)).collect();
-    if let (true, Some(reason)) = (all.is_empty() && brane.capabilities.is_empty(), &report.unlinked) {
+    if let (true, Some(reason)) = (all.is_empty(), &report.unlinked) {
         all.push(Diagnostic::error(
             brane.image.span.clone(),
             format!("{name} cannot be linked: {reason}"),
@@ -87,7 +89,7 @@ pub fn of(brane: &Brane, report: &Report) -> Vec<Diagnostic> {
 
 fn refused(brane: &Brane, import: &Import) -> Option<Diagnostic> {
     let granted = |key: &&str| brane.capabilities.iter().any(|g| g.capability.key() == *key);
-    if !import.authority || link::BASE.contains(&link::unversioned(&import.name)) {
+    if !import.authority || link::is_inert(&import.name) {
         return None;
     }
     let (name, import) = (&brane.name.value, &import.name);
@@ -109,24 +111,17 @@ fn refused(brane: &Brane, import: &Import) -> Option<Diagnostic> {
     }
 }
 
-fn needed(capability: &Capability, imports: &[Import]) -> bool {
-    let key = capability.key();
-    let by = |import: &&Import| {
-        let env = key == "env" && link::unversioned(&import.name) == "wasi:cli/environment";
-        env || (import.authority && link::keys_of(&import.name).contains(&key))
-    };
-    imports.iter().any(|import| by(&import))
+/// Whether an import makes a grant useful.
+fn needed(grant: &Grant, imports: &[Import]) -> bool {
+    let links = capability::with_key(grant.key()).map_or(&[][..], Capability::interfaces);
+    let by = |import: &Import| import.authority && links.iter().any(|i| i.name == link::unversioned(&import.name));
+    imports.iter().any(by)
 }
 
 /// The smallest grant of a key that links its interfaces, as a manifest writes it.
 #[must_use]
-pub fn smallest(key: &str) -> String {
-    match key {
-        "net.http" | "net.dns" | "net.tcp" | "net.udp" => format!("\"{key}\" = {{ allowlist = [] }}"),
-        "fs.tmp" => "\"fs.tmp\" = { quota = \"0 B\" }".to_owned(),
-        "clock" => "\"clock\" = { resolution = \"s\" }".to_owned(),
-        other => format!("\"{other}\" = {{}}"),
-    }
+pub fn smallest(key: &str) -> &'static str {
+    capability::with_key(key).map_or("", Capability::smallest)
 }
 
 /// The keys that must be granted for these imports to link: the first of those that would do, each once.
@@ -207,9 +202,5 @@ mod tests {
             import("wasi:clocks/wall-clock@0.2.0"),
         ];
         assert_eq!(suggested(&sockets), ["clock", "net.udp"]);
-        for key in gaia_manifest::KEYS {
-            let text = format!("{BARE}[brane.fetch.capability]\n{}\n", smallest(key));
-            assert!(gaia_manifest::parse(&text).is_ok(), "{text}");
-        }
     }
 }

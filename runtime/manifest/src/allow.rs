@@ -2,8 +2,11 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// A host, or all hosts under one.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Host {
     /// This host alone. Lower case, without a final dot.
     Exact(String),
@@ -89,7 +92,8 @@ fn name(text: &str) -> Result<String, String> {
 }
 
 /// An entry of `net.http`'s allowlist.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Site {
     /// `http` or `https`; both if not said.
     pub scheme: Option<Scheme>,
@@ -146,7 +150,8 @@ impl fmt::Display for Site {
 }
 
 /// An entry of `net.tcp`'s and `net.udp`'s allowlists: the port is a must.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Endpoint {
     /// Which hosts.
     pub host: Host,
@@ -179,6 +184,24 @@ impl fmt::Display for Endpoint {
         fmt_host_port(f, &self.host, Some(self.port))
     }
 }
+
+/// Between processes they travel as a manifest writes them.
+macro_rules! as_text {
+    ($($kind:ident)*) => {$(
+        impl From<$kind> for String {
+            fn from(entry: $kind) -> Self {
+                entry.to_string()
+            }
+        }
+        impl TryFrom<String> for $kind {
+            type Error = String;
+            fn try_from(text: String) -> Result<Self, String> {
+                Self::parse(&text)
+            }
+        }
+    )*};
+}
+as_text!(Host Site Endpoint);
 
 fn fmt_host_port(f: &mut fmt::Formatter<'_>, host: &Host, port: Option<u16>) -> fmt::Result {
     match host {

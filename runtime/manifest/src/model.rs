@@ -5,6 +5,8 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::allow::{Endpoint, Host, Site};
 
 /// A value and its place in the source, in bytes.
@@ -98,7 +100,7 @@ pub struct Grant {
 }
 
 /// Everything that can be granted. What is not named in a manifest is not there for the brane.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Capability {
     /// `net.http`: requests to these sites.
     Http(Vec<Site>),
@@ -149,7 +151,7 @@ impl Capability {
 }
 
 /// When a temporary file system is emptied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Lifetime {
     /// With the request.
     #[default]
@@ -159,7 +161,7 @@ pub enum Lifetime {
 }
 
 /// What clock readings and timers are rounded to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Resolution {
     /// A second.
     Seconds,

@@ -255,6 +255,7 @@ fn planned_brane(brane: &Brane, compiled: &Compiled, needs: plan::Needs) -> plan
         needs,
         host: brane.ingress.host.as_ref().map(ToString::to_string),
         path: brane.ingress.path.clone(),
+        grants: brane.capabilities.iter().map(|grant| grant.capability.clone()).collect(),
         replicas: brane.replicas,
         mem_max: brane.limits.mem_max.value,
         deadline: brane.limits.deadline,

@@ -13,6 +13,7 @@ use wasmtime::{Engine, Store, UpdateDeadline};
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
 use super::host::{HANDLES, Host};
+use crate::capability::Granted;
 use crate::log::{Log, Subject};
 use crate::{engine, link, plan, statistics};
 
@@ -53,6 +54,7 @@ pub struct Brane {
     /// Its place in the plan, the statistics and the log.
     pub index: usize,
     log: Arc<Log>,
+    granted: Granted,
     made: Cell<u64>,
     running: RefCell<BTreeMap<u64, Instant>>,
 }
@@ -78,7 +80,8 @@ impl Brane {
         // SAFETY: the artefact was made by this build's compiler, came through control and init alone, and is sealed:
         // nobody can have changed it since (checked by the caller).
         let component = unsafe { Component::deserialize_file(&engine, path) }.map_err(at("map the artefact"))?;
-        let linker = link::base(&engine).map_err(at("linker"))?;
+        let granted = Granted::of(&plan.grants);
+        let linker = link::linker(&engine, granted.capabilities()).map_err(at("linker"))?;
         let pre = linker.instantiate_pre(&component).and_then(ProxyPre::new).map_err(at("link"))?;
         Ok(Self {
             plan: plan.clone(),
@@ -88,6 +91,7 @@ impl Brane {
             slots: Arc::new(Semaphore::new(slots as usize)),
             index,
             log,
+            granted,
             made: Cell::new(0),
             running: RefCell::default(),
         })
@@ -110,7 +114,7 @@ impl Brane {
     #[must_use]
     pub fn store(&self, serial: u64) -> Store<Host> {
         let subject = Subject::Brane(self.index, serial);
-        let mut store = Store::new(&self.engine, Host::new(self.plan.mem_max, &self.log, subject));
+        let mut store = Store::new(&self.engine, Host::new(self.plan.mem_max, &self.granted, &self.log, subject));
         store.limiter(|host| &mut host.memory);
         store.set_hostcall_fuel(HOST_CALL);
         store.set_max_component_handles(HANDLES);

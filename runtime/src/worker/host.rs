@@ -3,16 +3,19 @@
 use std::future::Future;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
+use gaia_manifest::Resolution;
 use wasmtime::ResourceLimiter;
 use wasmtime::component::{HasData, ResourceTable};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::random::WasiRandomCtx;
-use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
+use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
 
+use crate::capability::{Granted, clock};
 use crate::log::{Event, Log, MAX_TEXT, Stream, Subject};
 
 /// Handles an instance may hold at a time, on the host's side and on its own.
@@ -26,6 +29,10 @@ pub struct Host {
     http: WasiHttpCtx,
     table: ResourceTable,
     egress: NoEgress,
+    /// What its clocks are rounded to, if it has any.
+    step: Resolution,
+    /// When it was made.
+    since: Instant,
     /// Its memory, bounded.
     pub memory: Memory,
 }
@@ -40,20 +47,26 @@ impl HasData for Io {
 impl Host {
     /// The host's side of a fresh instance with `mem_max` bytes to grow into, whose lines are `subject`'s.
     #[must_use]
-    pub fn new(mem_max: u64, log: &Arc<Log>, subject: Subject) -> Self {
+    pub fn new(mem_max: u64, granted: &Granted, log: &Arc<Log>, subject: Subject) -> Self {
         let voice = Arc::new(Voice { log: Arc::clone(log), subject, begun: Default::default() });
         let output = |stream| Output { voice: Arc::clone(&voice), stream };
-        let wasi = WasiCtxBuilder::new().stdout(output(Stream::Out)).stderr(output(Stream::Err)).build();
+        let wasi = granted.instance().stdout(output(Stream::Out)).stderr(output(Stream::Err)).build();
         let mut table = ResourceTable::new();
         table.set_max_capacity(HANDLES);
         let mut http = WasiHttpCtx::new();
         http.set_field_size_limit(HEADERS);
-        Self { wasi, http, table, egress: NoEgress, memory: Memory::new(mem_max) }
+        let step = granted.clock.unwrap_or(Resolution::Seconds);
+        Self { wasi, http, table, egress: NoEgress, step, since: Instant::now(), memory: Memory::new(mem_max) }
     }
 
     /// The table of resources.
     pub fn table(&mut self) -> &mut ResourceTable {
         &mut self.table
+    }
+
+    /// Its clocks; linked only where they are granted.
+    pub fn clocks(&mut self) -> clock::View<'_> {
+        clock::View { table: &mut self.table, step: self.step, since: self.since }
     }
 
     /// Sources of randomness; only the insecure ones are linked without a grant.

@@ -1,0 +1,39 @@
+//! `env`: values in `wasi:cli/environment`, which every brane has and which is empty without it.
+
+use gaia_manifest::Capability as Grant;
+use wasmtime_wasi::WasiCtxBuilder;
+
+use super::{Capability, Granted};
+use crate::link::{ENVIRONMENT, Interface};
+
+/// See the module.
+pub(super) struct Env;
+
+impl Capability for Env {
+    fn key(&self) -> &'static str {
+        "env"
+    }
+
+    fn interfaces(&self) -> &'static [Interface] {
+        &[ENVIRONMENT]
+    }
+
+    fn smallest(&self) -> &'static str {
+        "\"env\" = {}"
+    }
+
+    fn missing(&self, grant: &Grant) -> Option<&'static str> {
+        let Grant::Env { secrets, .. } = grant else { return None };
+        (!secrets.is_empty()).then_some("secrets have no values")
+    }
+
+    fn configure(&self, grant: &Grant, granted: &mut Granted) {
+        if let Grant::Env { vars, .. } = grant {
+            granted.vars = vars.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+        }
+    }
+
+    fn prepare(&self, granted: &Granted, instance: &mut WasiCtxBuilder) {
+        instance.envs(&granted.vars);
+    }
+}

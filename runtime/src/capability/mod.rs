@@ -1,0 +1,119 @@
+//! Capabilities: what a manifest can grant beyond the inert base, one file each.
+//!
+//! A capability has three moments: what it links ([`Capability::interfaces`]), what a grant of it means for a brane
+//! ([`Capability::configure`]), and what an instance starts with ([`Capability::prepare`]). To add one, write its file
+//! and name it in [`ALL`]; the manifest's grammar has its key in `gaia_manifest`.
+
+pub mod clock;
+mod dns;
+mod env;
+mod http;
+mod random;
+mod sockets;
+mod tcp;
+mod tmp;
+mod udp;
+
+use gaia_manifest::{Capability as Grant, Resolution};
+use wasmtime_wasi::WasiCtxBuilder;
+
+use crate::link::Interface;
+
+/// Something that can be granted.
+pub trait Capability: Sync {
+    /// Its key in `[brane.<name>.capability]`.
+    fn key(&self) -> &'static str;
+
+    /// The interfaces it links. Several capabilities may link the same one, in the same way.
+    fn interfaces(&self) -> &'static [Interface];
+
+    /// The smallest grant that links, as a manifest writes it.
+    fn smallest(&self) -> &'static str;
+
+    /// What of a grant this version does not do; `None` if it does everything.
+    fn missing(&self, grant: &Grant) -> Option<&'static str> {
+        let _ = grant;
+        None
+    }
+
+    /// What a grant means for a brane: done once, when its component is linked.
+    fn configure(&self, grant: &Grant, granted: &mut Granted) {
+        let _ = (grant, granted);
+    }
+
+    /// What an instance of a brane starts with that has it.
+    fn prepare(&self, granted: &Granted, instance: &mut WasiCtxBuilder) {
+        let _ = (granted, instance);
+    }
+}
+
+/// All capabilities, in the order of their keys.
+pub const ALL: [&dyn Capability; 8] =
+    [&clock::Clock, &env::Env, &tmp::Tmp, &dns::Dns, &http::Http, &tcp::Tcp, &udp::Udp, &random::Random];
+
+/// The capability with this key.
+#[must_use]
+pub fn with_key(key: &str) -> Option<&'static dyn Capability> {
+    ALL.into_iter().find(|capability| capability.key() == key)
+}
+
+/// What one brane is granted, ready for its instances.
+#[derive(Default)]
+pub struct Granted {
+    capabilities: Vec<&'static dyn Capability>,
+    /// What its clocks are rounded to.
+    pub clock: Option<Resolution>,
+    /// Its environment.
+    pub vars: Vec<(String, String)>,
+}
+
+impl Granted {
+    /// What these grants of a manifest mean.
+    #[must_use]
+    pub fn of(grants: &[Grant]) -> Self {
+        let mut granted = Self::default();
+        for grant in grants {
+            if let Some(capability) = with_key(grant.key()) {
+                capability.configure(grant, &mut granted);
+                granted.capabilities.push(capability);
+            }
+        }
+        granted
+    }
+
+    /// The capabilities.
+    #[must_use]
+    pub fn capabilities(&self) -> &[&'static dyn Capability] {
+        &self.capabilities
+    }
+
+    /// What an instance starts with.
+    #[must_use]
+    pub fn instance(&self) -> WasiCtxBuilder {
+        let mut instance = WasiCtxBuilder::new();
+        for capability in &self.capabilities {
+            capability.prepare(self, &mut instance);
+        }
+        instance
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_of_the_grammar_has_its_capability() {
+        assert_eq!(ALL.map(Capability::key).as_slice(), gaia_manifest::KEYS);
+    }
+
+    #[test]
+    fn the_smallest_grant_is_a_grant() {
+        for capability in ALL {
+            let text =
+                format!("[brane.a]\nimage = \"file:./a.wasm\"\n[brane.a.capability]\n{}\n", capability.smallest());
+            let manifest = gaia_manifest::parse(&text).unwrap();
+            assert_eq!(manifest.branes[0].capabilities[0].capability.key(), capability.key(), "{text}");
+        }
+    }
+}
