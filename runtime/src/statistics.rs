@@ -79,8 +79,8 @@ pub struct Account {
     pub dropped: AtomicU64,
     /// Of these, how many a record in the log has told.
     pub told: AtomicU64,
-    /// What it may still say at once, in thousandths of a slot, in the upper 32 bits; when that was reckoned, in
-    /// milliseconds of the monotonic clock, in the lower. 0 before its first record.
+    /// What it may still say at once, in thousandths of a slot, in bits 32 to 62; when that was reckoned, in milliseconds of
+    /// the monotonic clock, in the lower; whether it was used up in the highest. 0 before its first record.
     pub allowance: AtomicU64,
 }
 

@@ -7,5 +7,6 @@ mod boot;
 mod image;
 mod memory;
 mod requests;
+mod run;
 mod supervision;
 mod workers;

@@ -140,29 +140,39 @@ pub(super) async fn first(control: &Control, source: Option<&Source>, found: &Fo
     start(control, Plan { generation, workers, branes: Vec::new() }, &[]).await
 }
 
+/// What the files were like when they were last looked at.
+pub(super) struct Seen {
+    images: Vec<String>,
+    stamps: Vec<Option<[i128; 4]>>,
+}
+
+impl Seen {
+    pub(super) fn now(source: &Source) -> Self {
+        let images = source.images();
+        Self { stamps: source.stamps(&images), images }
+    }
+}
+
 /// Deploys the graph again whenever it or one of its components changes, for ever.
-pub(super) async fn watch(control: &Control, source: &Source, found: &Found) {
+pub(super) async fn watch(control: &Control, source: &Source, mut seen: Seen, found: &Found) {
     let workers = count(found.workers);
     let newest = control.plan.borrow().as_ref().map_or(found.newest, |p| p.generation);
     let mut generation = newest.max(found.newest) + 1;
-    let mut images = source.images();
-    let mut seen = source.stamps(&images);
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        let mut now = source.stamps(&images);
-        if now == seen {
+        let mut now = source.stamps(&seen.images);
+        if now == seen.stamps {
             continue;
         }
         loop {
             tokio::time::sleep(STILL_FOR).await;
-            let again = source.stamps(&images);
+            let again = source.stamps(&seen.images);
             if std::mem::replace(&mut now, again) == now {
                 break;
             }
         }
-        images = source.images();
         // From before the reading: what changes meanwhile is seen next time.
-        seen = source.stamps(&images);
+        seen = Seen::now(source);
         let serving = control.plan.borrow().clone();
         let outcome = match planned(control, source, workers, generation).await {
             Ok((plan, _)) if serving.is_some_and(|serving| serving.branes == plan.branes) => {

@@ -126,12 +126,14 @@ impl Control {
     /// Takes over what serves, or starts the graph.
     async fn begin(&self, source: Option<deploy::Source>) -> anyhow::Result<()> {
         let mut found = self.init.hello().await?;
+        // Before the first reading, or what changes between would not be seen.
+        let seen = source.as_ref().filter(|source| source.watch).map(deploy::Seen::now);
         match found.generation {
             Some(generation) => self.take_over(generation, std::mem::take(&mut found.files)).await?,
             None => deploy::first(self, source.as_ref(), &found).await?,
         }
-        if let Some(source) = source.filter(|source| source.watch) {
-            deploy::watch(self, &source, &found).await;
+        if let (Some(source), Some(seen)) = (source, seen) {
+            deploy::watch(self, &source, seen, &found).await;
         }
         Ok(())
     }

@@ -14,7 +14,8 @@
 //!   half of the ring, and however many flood it, there is room for the next.
 //! - What a guest can repeat within a request ([`Event::is_bounded`]) has an allowance besides, per brane and worker:
 //!   [`BURST`] slots at once, [`RATE`] each second.
-//! - What finds no room is dropped and counted, and the next record of the same brane tells how many there were.
+//! - What finds no room is dropped and counted. The brane is heard again when there is room for some more, and first it is
+//!   told how many records are missing.
 
 pub mod text;
 
@@ -45,6 +46,9 @@ pub const MAX_TEXT: usize = 4096;
 pub const BURST: u64 = 4096;
 /// And each second from then on: as much as two thousand short lines.
 pub const RATE: u64 = 2048;
+/// What must have come together, of allowance or of room in the ring, before one who used it up is heard again: lines, and
+/// what is lost between them, then come in blocks.
+const RESUME: u64 = RATE / 4;
 
 /// The ring, as it lies in shared memory.
 #[repr(C, align(64))]
@@ -261,12 +265,15 @@ impl Log {
     pub fn write(&self, subject: Subject, event: &Event<'_>) {
         let account = self.account(subject);
         let lost = account.dropped.load(Relaxed) - account.told.load(Relaxed);
-        if lost > 0 && self.put(subject, account, &Event::Lost { records: lost }) {
-            account.told.fetch_add(lost, Relaxed);
-        }
         let (_, _, _, text) = event.parts();
-        let allowed = !event.is_bounded() || allowance(account, slots_of(text.len()) as u64, monotonic_ms());
-        if !(allowed && self.put(subject, account, event)) {
+        let room = if event.is_bounded() { RESUME } else { 0 };
+        let written = (!event.is_bounded() || allowance(account, slots_of(text.len()) as u64, monotonic_ms()))
+            && (lost == 0 || self.put(subject, account, &Event::Lost { records: lost }, room))
+            && {
+                account.told.fetch_add(lost, Relaxed);
+                self.put(subject, account, event, 0)
+            };
+        if !written {
             account.dropped.fetch_add(1, Relaxed);
         }
         if self.page.log.asleep.load(Relaxed) == 1 && self.page.log.asleep.swap(0, SeqCst) == 1 {
@@ -306,8 +313,8 @@ impl Log {
         noticed
     }
 
-    /// Puts a record into the ring if there is room for it.
-    fn put(&self, subject: Subject, account: &Account, event: &Event<'_>) -> bool {
+    /// Puts a record into the ring if there is room for it and for `more` slots behind it.
+    fn put(&self, subject: Subject, account: &Account, event: &Event<'_>, more: u64) -> bool {
         let ring = &self.page.log;
         let (kind, status, numbers, text) = event.parts();
         let text = &text.as_bytes()[..text.floor_char_boundary(MAX_TEXT)];
@@ -315,7 +322,7 @@ impl Log {
         let head = ring.head.load(Relaxed);
         let unread = account.unread.load(Relaxed);
         let free = (SLOTS as u64).saturating_sub(head.saturating_sub(self.notice()));
-        if unread + wanted > free.saturating_sub(wanted) {
+        if unread + wanted + more > free.saturating_sub(wanted) {
             return false;
         }
         let (brane, serial) = match subject {
@@ -376,18 +383,21 @@ fn monotonic_ms() -> u32 {
     (now.tv_sec as u32).wrapping_mul(1000).wrapping_add(now.tv_nsec as u32 / 1_000_000)
 }
 
-/// Takes `slots` from an allowance that is filled up by [`RATE`] each second, to at most [`BURST`].
+/// Takes `slots` from an allowance that is filled up by [`RATE`] each second, to at most [`BURST`]. One that was used up
+/// gives nothing until there are [`RESUME`]: lines and what is lost between them then come in blocks.
 fn allowance(account: &Account, slots: u64, now_ms: u32) -> bool {
+    const USED_UP: u64 = 1 << 63;
     let packed = account.allowance.load(Relaxed);
     let (left, then) = match packed {
         0 => (BURST * 1000, now_ms),
-        _ => (packed >> 32, u32::try_from(packed & u64::from(u32::MAX)).unwrap_or(0)),
+        _ => ((packed & !USED_UP) >> 32, u32::try_from(packed & u64::from(u32::MAX)).unwrap_or(0)),
     };
     // A slot each second is a thousandth of a slot each millisecond.
     let left = (left + RATE * u64::from(now_ms.wrapping_sub(then))).min(BURST * 1000);
-    let enough = left >= slots * 1000;
-    let left = if enough { left - slots * 1000 } else { left };
-    account.allowance.store(left << 32 | u64::from(now_ms), Relaxed);
+    let wanted = if packed & USED_UP == 0 { slots } else { slots.max(RESUME) };
+    let enough = left >= wanted * 1000;
+    let (left, used_up) = if enough { (left - slots * 1000, 0) } else { (left, USED_UP) };
+    account.allowance.store(used_up | left << 32 | u64::from(now_ms), Relaxed);
     enough
 }
 
@@ -536,10 +546,17 @@ mod tests {
         }
         assert_eq!(taken, BURST);
         assert!(!allowance(&account, 1, 5));
-        assert!(allowance(&account, RATE, 1005), "a second later");
-        assert!(!allowance(&account, 1, 1005));
-        assert!(allowance(&account, BURST, 1005_u32.wrapping_add(u32::MAX / 2)), "and never more than a burst");
-        assert!(!allowance(&account, 1, 1005_u32.wrapping_add(u32::MAX / 2)));
+        assert!(!allowance(&account, 1, 5 + 200), "a few would do, but it was used up");
+        assert!(allowance(&account, 1, 5 + 250));
+        assert!(allowance(&account, RESUME - 1, 5 + 250));
+        assert!(!allowance(&account, 1, 5 + 250));
+        let later = 5 + 250 + 1_000_000;
+        assert!(allowance(&account, BURST, later), "and never more than a burst");
+        assert!(!allowance(&account, 1, later));
+        let wrapped = Account::default();
+        assert!(allowance(&wrapped, BURST, u32::MAX));
+        assert!(!allowance(&wrapped, 1, u32::MAX));
+        assert!(allowance(&wrapped, RATE, 999), "a second later, past the clock's end");
     }
 
     #[test]
