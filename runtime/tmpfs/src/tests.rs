@@ -430,6 +430,7 @@ fn removing_keeps_the_rules_of_posix() {
     assert_eq!(d.stat().unwrap().link_count, 0, "a removed directory is still open");
     assert!(names(&d).is_empty());
     assert_eq!(d.create_directory_at("x", NOW), Err(ErrorCode::NoEntry));
+    assert_eq!(d.stat_at(STAY, &"n".repeat(NAME_MAX + 1)), Err(ErrorCode::NoEntry));
     assert_eq!(d.open_at(STAY, "x", OpenFlags::CREATE, RW, NOW).map(|_| ()), Err(ErrorCode::NoEntry));
     create(&root, "g");
     assert_eq!(root.rename_at("g", &d, "g", NOW), Err(ErrorCode::NoEntry));

@@ -181,10 +181,6 @@ fn checked(path: &str) -> Result<(), ErrorCode> {
     }
 }
 
-fn checked_name(name: &str) -> Result<&str, ErrorCode> {
-    if name.len() > NAME_MAX { Err(ErrorCode::NameTooLong) } else { Ok(name) }
-}
-
 /// The whole file system.
 pub(crate) struct Tree {
     root: Node,
@@ -273,7 +269,15 @@ impl Tree {
     }
 
     fn child(&self, directory: u32, name: &str) -> Result<Option<u32>, ErrorCode> {
-        Ok(self.directory(directory)?.entries.get(name).map(|entry| entry.node))
+        let entries = &self.directory(directory)?.entries;
+        if self.node(directory).links == 0 {
+            // Removed: nothing is in it, and nothing will be.
+            Err(ErrorCode::NoEntry)
+        } else if name.len() > NAME_MAX {
+            Err(ErrorCode::NameTooLong)
+        } else {
+            Ok(entries.get(name).map(|entry| entry.node))
+        }
     }
 
     fn next_serial(&mut self) -> u64 {
@@ -446,8 +450,7 @@ impl Tree {
                     if last && slash && create {
                         return Err(ErrorCode::IsDirectory);
                     }
-                    checked_name(name)?;
-                    match directory.entries.get(name).map(|entry| entry.node) {
+                    match self.child(at, name)? {
                         None if last => return Ok(Found::Missing { directory: at, name: name.into() }),
                         None => return Err(ErrorCode::NoEntry),
                         Some(number) => match &self.node(number).body {
@@ -500,7 +503,7 @@ impl Tree {
     fn vacancy<'p>(&self, base: u32, path: &'p str, is_directory: bool) -> Result<(u32, &'p str), ErrorCode> {
         let Parent { directory, last, slash } = self.parent(base, path)?;
         let Last::Name(name) = last else { return Err(ErrorCode::Exist) };
-        match self.child(directory, checked_name(name)?)? {
+        match self.child(directory, name)? {
             Some(_) => Err(ErrorCode::Exist),
             None if slash && !is_directory => Err(ErrorCode::NoEntry),
             None => Ok((directory, name)),
@@ -590,7 +593,7 @@ impl Tree {
     pub(crate) fn unlink_file_at(&mut self, base: u32, path: &str, now: Time) -> Result<(), ErrorCode> {
         let Parent { directory, last, slash } = self.parent(base, path)?;
         let Last::Name(name) = last else { return Err(ErrorCode::IsDirectory) };
-        let number = self.child(directory, checked_name(name)?)?.ok_or(ErrorCode::NoEntry)?;
+        let number = self.child(directory, name)?.ok_or(ErrorCode::NoEntry)?;
         if self.is_directory(number) {
             return Err(ErrorCode::IsDirectory);
         }
@@ -609,7 +612,7 @@ impl Tree {
             Last::Dot => return Err(ErrorCode::Invalid),
             Last::DotDot => return Err(ErrorCode::NotEmpty),
         };
-        let number = self.child(directory, checked_name(name)?)?.ok_or(ErrorCode::NoEntry)?;
+        let number = self.child(directory, name)?.ok_or(ErrorCode::NoEntry)?;
         if !self.directory(number)?.entries.is_empty() {
             return Err(ErrorCode::NotEmpty);
         }
@@ -629,8 +632,8 @@ impl Tree {
         let (Last::Name(old_name), Last::Name(new_name)) = (old.last, new.last) else {
             return Err(ErrorCode::Busy);
         };
-        let moved = self.child(old.directory, checked_name(old_name)?)?.ok_or(ErrorCode::NoEntry)?;
-        let replaced = self.child(new.directory, checked_name(new_name)?)?;
+        let moved = self.child(old.directory, old_name)?.ok_or(ErrorCode::NoEntry)?;
+        let replaced = self.child(new.directory, new_name)?;
         if self.is_directory(moved) {
             if old.directory != new.directory && self.holds(moved, new.directory) {
                 return Err(ErrorCode::Invalid);
