@@ -197,7 +197,9 @@ impl Guest {
             18 => {
                 let path = input.path();
                 let hash = at.metadata_hash_at(flags, &path);
-                at.readlink_at(&path).is_ok_and(|target| target.starts_with('/')).then(|| unreachable_target(&path));
+                if let Ok(target) = at.readlink_at(&path) {
+                    assert!(!target.starts_with('/'), "{path:?} leads outside");
+                }
                 at.stat_at(flags, &path).map(|stat| assert!(hash.is_ok(), "{stat:?} has no hash"))
             }
             19 => at.set_times(input.time(), input.time(), now),
@@ -228,11 +230,6 @@ impl Guest {
         assert!(root.is_ok(), "{answered:?}, and the root is {root:?}");
         self.now.seconds += 1;
     }
-}
-
-/// A link with an absolute target must not exist.
-fn unreachable_target(path: &str) {
-    assert!(path.is_empty(), "{path:?} leads to an absolute path");
 }
 
 /// Does what `bytes` say, on a file system of 500 KB and 60 nodes.
