@@ -511,6 +511,12 @@ fn listings_are_sorted_and_do_not_chase_what_is_made_meanwhile() {
     assert_eq!(met, ["B", "a", "c", "d", "é"]);
     create(&root, "zzz");
     assert_eq!(listing.read_directory_entry(), Ok(None), "the end stays the end");
+    let (_tmp, root, _) = of_quota(MIB);
+    create(&root, "a");
+    let mut listing = root.read_directory().unwrap();
+    root.link_at(STAY, "a", &root, "b", NOW).unwrap();
+    assert_eq!(listing.read_directory_entry().unwrap().unwrap().name, "a");
+    assert_eq!(listing.read_directory_entry(), Ok(None), "not even what is made at once");
 }
 
 #[test]
