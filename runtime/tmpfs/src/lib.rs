@@ -20,7 +20,8 @@
 //! **What the host holds.** [`Tmp::held_bytes`] is what was taken from the [`Budget`]: contents (chunks and their lists,
 //! nodes, link targets) to the byte, names as the most that the B-tree can take for them; what the allocator adds is not
 //! in it. A file of n bytes holds at most 2 n or [`PIECE`], and 1/4096 of the largest size it had since it was last at
-//! a quarter of that. A node and its one name hold at most [`NODE_BYTES`], and each further name [`NAME_BYTES`]. A
+//! a quarter of that. A node and its one name hold at most [`NODE_BYTES`], 849 bytes for a directory with the longest
+//! name, and each further name [`NAME_BYTES`]: 54 MiB if all [`NODES`] are made so, asked of the budget like the rest. A
 //! descriptor holds a few words and a listing one name; their number is the caller's to bound.
 //!
 //! **The end.** [`Tmp::clear`] and dropping a [`Tmp`] move everything to the [`Reaper`], in microseconds whatever there

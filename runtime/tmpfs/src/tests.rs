@@ -765,3 +765,9 @@ fn clearing_256_mib_takes_well_under_a_millisecond() {
     }
     assert!(best < Duration::from_micros(500), "{best:?}");
 }
+
+#[test]
+fn the_overhead_of_all_nodes_is_what_the_documentation_says() {
+    assert_eq!((NODE_BYTES, NAME_BYTES), (849, 351));
+    assert!(u64::from(NODES) * NODE_BYTES < 54 * MIB);
+}
