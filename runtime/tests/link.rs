@@ -63,8 +63,9 @@ fn built(text: &str) -> Vec<u8> {
 }
 
 fn manifest(grants: &[&str]) -> Manifest {
-    let grants: String = grants.iter().map(|key| format!("{}\n", review::smallest(key))).collect();
-    let text = format!("[brane.fetch]\nimage = \"file:./f.wasm\"\n\n[brane.fetch.capability]\n{grants}");
+    let grants: Vec<&str> = grants.iter().map(|key| review::smallest(key)).collect();
+    let text =
+        format!("[brane.fetch]\nimage = \"file:./f.wasm\"\n\n[brane.fetch.capability]\n{}\n", grants.join("\n"));
     gaia_manifest::parse(&text).unwrap_or_else(|wrong| panic!("{text}\n{wrong:?}"))
 }
 

@@ -181,7 +181,11 @@ fn ten_million_lines_cost_nobody_else_anything() {
     };
     let (shown, lost) = (of(" flood.", " LOG out ").len(), of(" flood.", " LOST "));
     println!("{shown} lines of the flood were shown, {} losses told", lost.len());
-    assert_eq!(shown + lost.iter().map(number).sum::<usize>(), beside * LINES, "each line was shown, or counted as lost");
+    assert_eq!(
+        shown + lost.iter().map(number).sum::<usize>(),
+        beside * LINES,
+        "each line was shown, or counted as lost"
+    );
     assert!(lost.len() < shown / 10, "the losses are told in few lines: {}", lost.len());
 
     let status = run.ask("status").unwrap();

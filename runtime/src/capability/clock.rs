@@ -76,7 +76,8 @@ impl View<'_> {
     }
 }
 
-fn down(nanos: u64, step: Resolution) -> u64 {
+/// The last step.
+pub(super) fn down(nanos: u64, step: Resolution) -> u64 {
     nanos - nanos % step.nanos()
 }
 

@@ -11,7 +11,7 @@ mod http;
 mod random;
 mod sockets;
 mod tcp;
-mod tmp;
+pub mod tmp;
 mod udp;
 
 use gaia_manifest::{Capability as Grant, Resolution};
@@ -65,6 +65,8 @@ pub struct Granted {
     pub clock: Option<Resolution>,
     /// Its environment.
     pub vars: Vec<(String, String)>,
+    /// What its file system may hold.
+    pub tmp: Option<gaia_tmpfs::Limits>,
 }
 
 impl Granted {

@@ -1,5 +1,6 @@
 //! What one instance has on the host's side: its store's data.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,6 +8,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use gaia_manifest::Resolution;
+use gaia_tmpfs::{Limits, Reaper, Tmp, Unlimited};
 use wasmtime::ResourceLimiter;
 use wasmtime::component::{HasData, ResourceTable};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
@@ -15,7 +17,7 @@ use wasmtime_wasi::random::WasiRandomCtx;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
 
-use crate::capability::{Granted, clock};
+use crate::capability::{Granted, clock, tmp};
 use crate::log::{Event, Log, MAX_TEXT, Stream, Subject};
 
 /// Handles an instance may hold at a time, on the host's side and on its own.
@@ -33,8 +35,33 @@ pub struct Host {
     step: Resolution,
     /// When it was made.
     since: Instant,
+    /// Its file system, if it has one.
+    files: Option<Files>,
     /// Its memory, bounded.
     pub memory: Memory,
+}
+
+/// An instance's file system and its files' clock.
+struct Files {
+    tmp: Tmp,
+    clock: tmp::Clock,
+}
+
+/// What a worker has for all its branes.
+pub struct Means {
+    /// What instances' file systems held, on its way back to the kernel.
+    pub reaper: Reaper,
+    /// A task is at it.
+    pub reaping: Cell<bool>,
+}
+
+/// Chunks of 64 KiB that a worker keeps, zeroed, for the next file system.
+const SPARE_CHUNKS: usize = 16;
+
+impl Default for Means {
+    fn default() -> Self {
+        Self { reaper: Reaper::new(Arc::new(Unlimited), SPARE_CHUNKS), reaping: Cell::new(false) }
+    }
 }
 
 /// Marks the `wasi:io` interfaces, which need the table of resources alone.
@@ -47,7 +74,7 @@ impl HasData for Io {
 impl Host {
     /// The host's side of a fresh instance with `mem_max` bytes to grow into, whose lines are `subject`'s.
     #[must_use]
-    pub fn new(mem_max: u64, granted: &Granted, log: &Arc<Log>, subject: Subject) -> Self {
+    pub fn new(mem_max: u64, granted: &Granted, means: &Means, log: &Arc<Log>, subject: Subject) -> Self {
         let voice = Arc::new(Voice { log: Arc::clone(log), subject, begun: Default::default() });
         let output = |stream| Output { voice: Arc::clone(&voice), stream };
         let wasi = granted.instance().stdout(output(Stream::Out)).stderr(output(Stream::Err)).build();
@@ -56,7 +83,17 @@ impl Host {
         let mut http = WasiHttpCtx::new();
         http.set_field_size_limit(HEADERS);
         let step = granted.clock.unwrap_or(Resolution::Seconds);
-        Self { wasi, http, table, egress: NoEgress, step, since: Instant::now(), memory: Memory::new(mem_max) }
+        let files = |limits| Files { tmp: Tmp::new(limits, &means.reaper), clock: tmp::clock(granted.clock) };
+        Self {
+            wasi,
+            http,
+            table,
+            egress: NoEgress,
+            step,
+            since: Instant::now(),
+            files: granted.tmp.map(files),
+            memory: Memory::new(mem_max),
+        }
     }
 
     /// The table of resources.
@@ -67,6 +104,16 @@ impl Host {
     /// Its clocks; linked only where they are granted.
     pub fn clocks(&mut self) -> clock::View<'_> {
         clock::View { table: &mut self.table, step: self.step, since: self.since }
+    }
+
+    /// Its file system; linked only where one is granted.
+    pub fn tmp(&mut self) -> tmp::TmpView<'_> {
+        let nothing = || Files {
+            tmp: Tmp::new(Limits::of_quota(0), &Reaper::new(Arc::new(Unlimited), 0)),
+            clock: tmp::clock(None),
+        };
+        let Files { tmp, clock } = self.files.get_or_insert_with(nothing);
+        tmp::TmpView { table: &mut self.table, tmp, clock }
     }
 
     /// Sources of randomness; only the insecure ones are linked without a grant.

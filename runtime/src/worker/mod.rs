@@ -131,11 +131,12 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
 }
 
 fn link_all(plan: &Plan, artefacts: &[(String, OwnedFd)], log: &Arc<Log>) -> anyhow::Result<Vec<Rc<Brane>>> {
+    let means = Rc::new(host::Means::default());
     let link = |(index, brane): (usize, &plan::Brane)| {
         let artefact = artefacts.iter().find(|(name, _)| *name == brane.artefact);
         let (_, artefact) = artefact.with_context(|| format!("{}: its artefact was not handed down", brane.name))?;
         anyhow::ensure!(is_sealed(artefact), "{}: its artefact could still change", brane.name);
-        Ok(Rc::new(Brane::link(brane, index, plan.workers, artefact, Arc::clone(log))?))
+        Ok(Rc::new(Brane::link(brane, index, plan.workers, artefact, Arc::clone(log), Rc::clone(&means))?))
     };
     plan.branes.iter().enumerate().map(link).collect()
 }

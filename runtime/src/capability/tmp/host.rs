@@ -17,13 +17,13 @@ use wasmtime_wasi::p2::{
 };
 
 /// Where the guest finds it.
-pub const MOUNT: &str = "/tmp";
+pub(super) const MOUNT: &str = "/tmp";
 
 /// The time as the guest may know it; always the same if it may not.
 pub type Clock = Arc<dyn Fn() -> Time + Send + Sync>;
 
 /// Marks the `wasi:filesystem` interfaces.
-pub struct TmpInterfaces;
+pub(super) struct TmpInterfaces;
 
 impl HasData for TmpInterfaces {
     type Data<'a> = TmpView<'a>;
