@@ -112,6 +112,26 @@ pub enum Scheme {
     Https,
 }
 
+impl Scheme {
+    /// 80 or 443.
+    #[must_use]
+    pub fn default_port(self) -> u16 {
+        match self {
+            Self::Http => 80,
+            Self::Https => 443,
+        }
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        })
+    }
+}
+
 impl Site {
     /// Parses `[scheme://]host[:port]`.
     ///
@@ -136,14 +156,27 @@ impl Site {
         let (host, port) = host_and_port(rest)?;
         Ok(Self { scheme, host: Host::parse(host)?, port })
     }
+
+    /// Whether it covers `host`, as for [`Host::covers`], at `port` by `scheme`.
+    ///
+    /// ```
+    /// use gaia_manifest::{Scheme, Site};
+    /// let site = Site::parse("*.example.org").unwrap();
+    /// assert!(site.covers(Scheme::Http, "api.example.org", 80));
+    /// assert!(!site.covers(Scheme::Http, "api.example.org", 443));
+    /// ```
+    #[must_use]
+    pub fn covers(&self, scheme: Scheme, host: &str, port: u16) -> bool {
+        self.scheme.is_none_or(|own| own == scheme)
+            && self.port.unwrap_or_else(|| scheme.default_port()) == port
+            && self.host.covers(host)
+    }
 }
 
 impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.scheme {
-            Some(Scheme::Http) => f.write_str("http://")?,
-            Some(Scheme::Https) => f.write_str("https://")?,
-            None => {}
+        if let Some(scheme) = self.scheme {
+            write!(f, "{scheme}://")?;
         }
         fmt_host_port(f, &self.host, self.port)
     }
@@ -176,6 +209,12 @@ impl Endpoint {
             (host, Some(port)) => Ok(Self { host: Host::parse(host)?, port }),
             (_, None) => Err("the port is missing: host:port, as in \"db.example.org:5432\"".into()),
         }
+    }
+
+    /// Whether it covers `host`, as for [`Host::covers`], at `port`.
+    #[must_use]
+    pub fn covers(&self, host: &str, port: u16) -> bool {
+        self.port == port && self.host.covers(host)
     }
 }
 
@@ -249,6 +288,34 @@ mod tests {
         ] {
             assert_eq!(host.covers(name), covered, "{name}");
         }
+    }
+
+    #[test]
+    fn a_site_without_a_port_means_its_schemes_own() {
+        use Scheme::{Http, Https};
+        for (site, scheme, port, covered) in [
+            ("example.org", Https, 443, true),
+            ("example.org", Http, 80, true),
+            ("example.org", Http, 443, false),
+            ("example.org", Https, 80, false),
+            ("example.org", Https, 8443, false),
+            ("https://example.org", Https, 443, true),
+            ("https://example.org", Http, 80, false),
+            ("https://example.org", Http, 443, false),
+            ("example.org:8443", Https, 8443, true),
+            ("example.org:8443", Http, 8443, true),
+            ("example.org:8443", Https, 443, false),
+            ("http://example.org:8080", Http, 8080, true),
+            ("http://example.org:8080", Https, 8080, false),
+            ("http://example.org:8080", Http, 80, false),
+        ] {
+            let covers = Site::parse(site).unwrap().covers(scheme, "example.org", port);
+            assert_eq!(covers, covered, "{site}: {scheme} {port}");
+        }
+        let endpoint = Endpoint::parse("*.example.org:5432").unwrap();
+        assert!(endpoint.covers("db.example.org", 5432));
+        assert!(!endpoint.covers("db.example.org", 5433));
+        assert!(!endpoint.covers("example.org", 5432));
     }
 
     #[test]
