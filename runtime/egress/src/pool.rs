@@ -1,0 +1,298 @@
+//! Connections of one brane that are kept for its next request.
+//!
+//! One list for HTTP/1.1, whose connections are in it only while they are idle, and one for HTTP/2, whose are shared
+//! and stay in it. Both are short, so they are searched from the end: what was used last is warmest.
+
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use hyper::client::conn::{http1, http2};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
+
+use crate::body::{Fate, Outgoing};
+use crate::client::Brane;
+use crate::site::Origin;
+
+/// Requests at a time on one connection of HTTP/2, so that unread answers, each holding its whole window, never close
+/// the connection's window for the others; see [`crate::client`].
+pub(crate) const STREAMS: usize = 8;
+
+/// One of the connections that the whole worker may keep.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn one(all: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+        let more = |n: usize| (n < most).then_some(n + 1);
+        all.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self(Arc::clone(all)))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Keeps a connection's tasks running; when the last of its clones is dropped, they end, whatever they wait for. hyper
+/// by itself would first see a request to its end whose server takes no more of it.
+#[derive(Clone)]
+pub(crate) struct Life(#[expect(dead_code, reason = "held")] Arc<watch::Sender<()>>);
+
+/// Runs a connection's tasks as long as it is to live. Its place among the others is free when they have ended.
+#[derive(Clone)]
+pub(crate) struct Tasks {
+    end: watch::Receiver<()>,
+    permit: Arc<Permit>,
+}
+
+/// Holds a connection's place among those of its brane and its worker.
+pub(crate) struct Permit {
+    pub(crate) _brane: OwnedSemaphorePermit,
+    pub(crate) _worker: OwnedSemaphorePermit,
+}
+
+impl Tasks {
+    pub(crate) fn new(permit: Permit) -> (Life, Self) {
+        let (life, end) = watch::channel(());
+        (Life(Arc::new(life)), Self { end, permit: Arc::new(permit) })
+    }
+}
+
+impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Tasks {
+    fn execute(&self, task: F) {
+        let Self { mut end, permit } = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                // Whoever waits on the connection is told its error too.
+                _ = task => {}
+                _ = end.changed() => {}
+            }
+            drop(permit);
+        });
+    }
+}
+
+/// A connection of HTTP/1.1 that nobody else uses.
+pub(crate) struct Single {
+    pub(crate) sender: http1::SendRequest<Outgoing>,
+    pub(crate) _life: Life,
+}
+
+struct Idle {
+    origin: Origin,
+    single: Single,
+    since: Instant,
+    _counted: Counted,
+}
+
+struct Shared {
+    id: u64,
+    origin: Origin,
+    sender: http2::SendRequest<Outgoing>,
+    life: Life,
+    streams: Arc<Semaphore>,
+    since: Instant,
+    _counted: Counted,
+}
+
+impl Shared {
+    fn is_idle(&self) -> bool {
+        self.streams.available_permits() == STREAMS
+    }
+}
+
+/// A connection to send one request on.
+pub(crate) enum Sender {
+    Http1(Single),
+    Http2(Stream),
+}
+
+/// A place on a connection of HTTP/2.
+pub(crate) struct Stream {
+    pub(crate) id: u64,
+    pub(crate) sender: http2::SendRequest<Outgoing>,
+    pub(crate) life: Life,
+    pub(crate) place: OwnedSemaphorePermit,
+}
+
+/// How many connections are kept, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Keep {
+    pub(crate) brane: usize,
+    pub(crate) worker: usize,
+    pub(crate) within: Duration,
+}
+
+/// The connections of one brane that are kept.
+pub(crate) struct Pool {
+    idle: Vec<Idle>,
+    shared: Vec<Shared>,
+    next: u64,
+    keep: Keep,
+    all: Arc<AtomicUsize>,
+    /// Whether somebody will come to throw out what is old.
+    pub(crate) swept: bool,
+}
+
+impl Pool {
+    pub(crate) fn new(keep: Keep, all: Arc<AtomicUsize>) -> Self {
+        Self { idle: Vec::new(), shared: Vec::new(), next: 0, keep, all, swept: false }
+    }
+
+    /// One for this origin that is not known to be closed, nor older than it may be.
+    pub(crate) fn take(&mut self, origin: &Origin) -> Option<Sender> {
+        self.sweep(Instant::now());
+        for shared in self.shared.iter().rev().filter(|s| s.origin == *origin) {
+            if let Ok(place) = Arc::clone(&shared.streams).try_acquire_owned() {
+                let (sender, life) = (shared.sender.clone(), shared.life.clone());
+                return Some(Sender::Http2(Stream { id: shared.id, sender, life, place }));
+            }
+        }
+        let index = self.idle.iter().rposition(|idle| idle.origin == *origin)?;
+        Some(Sender::Http1(self.idle.remove(index).single))
+    }
+
+    /// Keeps an idle one, in place of the longest idle if there is no room; or lets it close.
+    fn keep(&mut self, origin: Origin, single: Single) {
+        if single.sender.is_closed() {
+            return;
+        }
+        if let Some(counted) = self.room() {
+            self.idle.push(Idle { origin, single, since: Instant::now(), _counted: counted });
+        }
+    }
+
+    /// Shares a connection from now on, if there is room, and takes the first place on it.
+    pub(crate) fn share(
+        &mut self,
+        origin: &Origin,
+        sender: http2::SendRequest<Outgoing>,
+        life: Life,
+    ) -> Option<Stream> {
+        let streams = Arc::new(Semaphore::new(STREAMS));
+        let place = Arc::clone(&streams).try_acquire_owned().ok()?;
+        let id = self.next;
+        self.next += 1;
+        // Two requests can have dialled at the same time: one connection is enough, the other ends with its request.
+        let known = self.shared.iter().any(|s| s.origin == *origin && s.streams.available_permits() > 0);
+        if !known && let Some(counted) = self.room() {
+            let (origin, sender, life) = (origin.clone(), sender.clone(), life.clone());
+            self.shared.push(Shared { id, origin, sender, life, streams, since: Instant::now(), _counted: counted });
+        }
+        Some(Stream { id, sender, life, place })
+    }
+
+    /// A request on a shared connection is over.
+    fn used(&mut self, id: u64) {
+        if let Some(shared) = self.shared.iter_mut().find(|s| s.id == id) {
+            shared.since = Instant::now();
+        }
+    }
+
+    /// No more requests on a shared connection; those on it go on.
+    pub(crate) fn forget(&mut self, id: u64) {
+        self.shared.retain(|s| s.id != id);
+    }
+
+    /// Room for one more, after the longest idle has gone if need be.
+    fn room(&mut self) -> Option<Counted> {
+        if self.keep.brane == 0 || (self.len() >= self.keep.brane && !self.evict()) {
+            return None;
+        }
+        Counted::one(&self.all, self.keep.worker)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.idle.len() + self.shared.len()
+    }
+
+    /// Closes the one that has been idle for longest; whether there was one.
+    pub(crate) fn evict(&mut self) -> bool {
+        let idle = self.idle.iter().enumerate().map(|(i, c)| (c.since, true, i));
+        let shared = self.shared.iter().enumerate().filter(|(_, c)| c.is_idle()).map(|(i, c)| (c.since, false, i));
+        match idle.chain(shared).min() {
+            Some((_, true, index)) => drop(self.idle.remove(index)),
+            Some((_, false, index)) => drop(self.shared.remove(index)),
+            None => return false,
+        }
+        true
+    }
+
+    /// Throws out what is closed or has been idle for too long. When the next one will have been, if there is one.
+    pub(crate) fn sweep(&mut self, now: Instant) -> Option<Instant> {
+        let within = self.keep.within;
+        let old = |since: Instant| now.saturating_duration_since(since) >= within;
+        self.idle.retain(|c| !c.single.sender.is_closed() && !old(c.since));
+        self.shared.retain(|c| !(c.sender.is_closed() || c.is_idle() && old(c.since)));
+        // One that is in use is looked at again when it could be old at the earliest.
+        let due = |since: Instant, idle: bool| if idle { since + within } else { now + within };
+        let idle = self.idle.iter().map(|c| due(c.since, true));
+        idle.chain(self.shared.iter().map(|c| due(c.since, c.is_idle()))).min()
+    }
+}
+
+/// A connection in use for one exchange, until the answer's body is over.
+pub(crate) enum Lease {
+    Http1 {
+        brane: Weak<Brane>,
+        origin: Origin,
+        single: Single,
+        /// Of the request's body.
+        fate: Fate,
+    },
+    Http2 {
+        brane: Weak<Brane>,
+        stream: Stream,
+    },
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Http1 { .. } => "Lease::Http1",
+            Self::Http2 { .. } => "Lease::Http2",
+        })
+    }
+}
+
+impl Lease {
+    /// After the answer's end. A request can still be on its way then: its connection is free after that.
+    pub(crate) fn give_back(self) {
+        match self {
+            Self::Http1 { brane, origin, single, fate } if fate.is_over() => keep(&brane, origin, single),
+            Self::Http1 { brane, origin, mut single, .. } => {
+                tokio::spawn(async move {
+                    if single.sender.ready().await.is_ok() {
+                        keep(&brane, origin, single);
+                    }
+                });
+            }
+            Self::Http2 { brane, stream: Stream { id, place, life, .. } } => {
+                drop(place);
+                if let Some(brane) = brane.upgrade() {
+                    brane.pool().used(id);
+                }
+                drop(life);
+            }
+        }
+    }
+
+    /// After a failure: nobody else is to be sent there.
+    pub(crate) fn give_up(self) {
+        if let Self::Http2 { brane, stream } = self
+            && let Some(brane) = brane.upgrade()
+        {
+            brane.pool().forget(stream.id);
+        }
+    }
+}
+
+fn keep(brane: &Weak<Brane>, origin: Origin, single: Single) {
+    if let Some(brane) = brane.upgrade() {
+        brane.pool().keep(origin, single);
+        brane.sweep_later();
+    }
+}
