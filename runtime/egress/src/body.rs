@@ -1,6 +1,7 @@
 //! A request's body on its way out and an answer's on its way in, frame by frame: nothing is gathered.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -9,9 +10,11 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
-use tokio::time::Sleep;
+use tokio::sync::Notify;
+use tokio::time::{Sleep, timeout};
 
 use crate::error::Error;
+use crate::head;
 use crate::pool::Lease;
 
 /// A guest's body, held to the length it declared.
@@ -27,17 +30,44 @@ pub(crate) struct Outgoing {
 /// What became of a body that a connection has: nothing yet, dropped after its last byte was sent, or broken off.
 /// HTTP/2 does not tell the one who waits for the answer.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Fate(Arc<OnceLock<Result<(), Error>>>);
+pub(crate) struct Fate(Arc<Progress>);
+
+#[derive(Debug, Default)]
+struct Progress {
+    /// Bytes that the connection has taken.
+    taken: AtomicU64,
+    over: OnceLock<Result<(), Error>>,
+    told: Notify,
+}
 
 impl Fate {
     /// Whether the connection has sent all it will of it.
     pub(crate) fn is_over(&self) -> bool {
-        self.0.get().is_some()
+        self.0.over.get().is_some()
     }
 
     /// Why it broke off.
     pub(crate) fn error(&self) -> Option<Error> {
-        self.0.get().and_then(|fate| fate.clone().err())
+        self.0.over.get().and_then(|fate| fate.clone().err())
+    }
+
+    fn set(&self, fate: Result<(), Error>) {
+        let _ = self.0.over.set(fate);
+        self.0.told.notify_one();
+    }
+
+    /// Waits until it is over; whether it was, before it stood still for so long.
+    pub(crate) async fn comes_to_an_end(&self, stall: Duration) -> bool {
+        let mut before = None;
+        while !self.is_over() {
+            let taken = self.0.taken.load(Ordering::Relaxed);
+            if before == Some(taken) {
+                return false;
+            }
+            before = Some(taken);
+            let _ = timeout(stall, self.0.told.notified()).await;
+        }
+        true
     }
 }
 
@@ -80,13 +110,13 @@ impl Outgoing {
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        let _ = self.fate.0.set(Ok(()));
+        self.fate.set(Ok(()));
     }
 }
 
 impl Outgoing {
     fn broken(&self, error: Error) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let _ = self.fate.0.set(Err(error.clone()));
+        self.fate.set(Err(error.clone()));
         Poll::Ready(Some(Err(error)))
     }
 }
@@ -96,7 +126,7 @@ impl Body for Outgoing {
     type Error = Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let frame = match self.first.take() {
+        let mut frame = match self.first.take() {
             Some(frame) => Some(frame),
             None => match std::task::ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
                 Some(Ok(frame)) => Some(frame),
@@ -106,6 +136,10 @@ impl Body for Outgoing {
         };
         let more = frame.as_ref().and_then(Frame::data_ref).map_or(0, |data| data.len() as u64);
         self.sent = self.sent.saturating_add(more);
+        self.fate.0.taken.store(self.sent, Ordering::Relaxed);
+        if let Some(trailers) = frame.as_mut().and_then(Frame::trailers_mut) {
+            head::strip_trailers(trailers);
+        }
         if let Some(declared) = self.declared {
             // Trailers, like the end, come after everything.
             let over = !frame.as_ref().is_some_and(Frame::is_data);
@@ -164,6 +198,14 @@ impl Incoming {
             lease.give_up();
         }
         Poll::Ready(Some(Err(error)))
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if let Some(lease) = self.lease.take() {
+            lease.abandon();
+        }
     }
 }
 

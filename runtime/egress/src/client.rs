@@ -84,13 +84,16 @@ pub struct Bounds {
     pub kept_for: Duration,
     /// Connections that are kept for all branes of the worker together.
     pub kept_in_all: usize,
+    /// How long a server may leave a request's bytes unread.
+    pub stall: Duration,
 }
 
 impl Default for Bounds {
-    /// 64 connections, 16 of them kept for half a minute, 128 in all. A connection holds at most about 130 KiB under
+    /// 64 connections, 16 of them kept for half a minute, 128 in all; half a minute without progress. A connection holds at most about 130 KiB under
     /// HTTP/1.1, TLS' buffers included, and 2.5 MiB under HTTP/2 with all streams unread.
     fn default() -> Self {
-        Self { connections: 64, kept: 16, kept_for: Duration::from_secs(30), kept_in_all: 128 }
+        let half_a_minute = Duration::from_secs(30);
+        Self { connections: 64, kept: 16, kept_for: half_a_minute, kept_in_all: 128, stall: half_a_minute }
     }
 }
 
@@ -174,7 +177,7 @@ pub(crate) struct Brane {
     sites: Vec<Site>,
     tls: TlsConnector,
     connections: Arc<Semaphore>,
-    most: usize,
+    pub(crate) bounds: Bounds,
     pool: Mutex<Pool>,
 }
 
@@ -193,18 +196,19 @@ struct Connection {
 impl Egress {
     /// For a brane that may speak to these sites.
     #[must_use]
-    pub fn new(shared: &Arc<Shared>, sites: Vec<Site>, bounds: Bounds) -> Self {
+    pub fn new(shared: &Arc<Shared>, sites: Vec<Site>, mut bounds: Bounds) -> Self {
+        bounds.connections = bounds.connections.min(Semaphore::MAX_PERMITS);
+        bounds.stall = bounds.stall.min(LONGEST);
         let mut tls = shared.tls.clone();
         // A session ticket is as good as a connection for telling who somebody is: each brane has its own.
         tls.resumption = Resumption::in_memory_sessions(SESSIONS);
         let keep = Keep { brane: bounds.kept, worker: bounds.kept_in_all, within: bounds.kept_for.min(LONGEST) };
-        let most = bounds.connections.min(Semaphore::MAX_PERMITS);
         let brane = Brane {
             shared: Arc::clone(shared),
             sites,
             tls: TlsConnector::from(Arc::new(tls)),
-            connections: Arc::new(Semaphore::new(most)),
-            most,
+            connections: Arc::new(Semaphore::new(bounds.connections)),
+            bounds,
             pool: Mutex::new(Pool::new(keep, Arc::clone(&shared.kept))),
         };
         Self { brane: Arc::new(brane) }
@@ -235,7 +239,7 @@ impl Egress {
     /// Connections that are open at the moment, kept ones too.
     #[must_use]
     pub fn open(&self) -> usize {
-        self.brane.most - self.brane.connections.available_permits()
+        self.brane.bounds.connections - self.brane.connections.available_permits()
     }
 
     /// Connections that are kept at the moment.
@@ -326,7 +330,7 @@ impl Brane {
             Sender::Http2(mut stream) => {
                 let request = head.http2(origin, body).map_err(|e| (e, None))?;
                 let answer = timeout(first_byte, stream.sender.try_send_request(request)).await;
-                (answer, Lease::Http2 { brane: Arc::downgrade(self), stream })
+                (answer, Lease::Http2 { brane: Arc::downgrade(self), stream, fate: fate.clone() })
             }
         };
         let response = match answer {
@@ -375,14 +379,14 @@ impl Brane {
         let (life, tasks) = Tasks::new(self.permit().await?);
         let stream = connect(&self.addresses(origin).await?).await?;
         let stream = match origin.scheme() {
-            Scheme::Http => Stream::clear(stream),
+            Scheme::Http => Stream::clear(stream, self.bounds.stall),
             Scheme::Https => {
                 let name = match origin.host() {
                     Peer::Name(name) => ServerName::try_from(name.clone())
                         .map_err(|_| Error::TlsCertificate(format!("{name} is no name of a certificate")))?,
                     Peer::Address(address) => ServerName::from(*address),
                 };
-                Stream::tls(self.tls.connect(name, stream).await.map_err(|e| Error::tls(&e))?)
+                Stream::tls(self.tls.connect(name, stream).await.map_err(|e| Error::tls(&e))?, self.bounds.stall)
             }
         };
         let http2 = stream.is_http2();
@@ -396,7 +400,7 @@ impl Brane {
                 .await
                 .map_err(|e| Error::http(&e, false))?;
             tasks.execute(connection);
-            return Ok(Sender::Http1(Single { sender, _life: life }));
+            return Ok(Sender::Http1(Single { sender, opened: Instant::now(), _life: life }));
         }
         let (sender, connection) = http2::Builder::new(tasks.clone())
             .timer(TokioTimer::new())

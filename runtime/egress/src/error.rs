@@ -57,7 +57,7 @@ pub enum Error {
     /// The guest broke its own body off.
     #[error("the request's body broke off: {0}")]
     RequestBody(String),
-    /// The server did not read the request for half a minute.
+    /// The server did not read the request for too long.
     #[error("the server does not read the request")]
     WriteTimeout,
     /// The answer's head did not come in time.

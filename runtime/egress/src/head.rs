@@ -112,6 +112,13 @@ pub(crate) fn strip(parts: &mut response::Parts) {
     }
 }
 
+/// Removes from a request's trailers what a next server might take for part of its head (RFC 9110 6.5.1).
+pub(crate) fn strip_trailers(trailers: &mut HeaderMap) {
+    for name in OF_A_CONNECTION.iter().chain(&NOT_THE_GUESTS).chain(&[header::CONTENT_LENGTH, header::TE]) {
+        trailers.remove(name);
+    }
+}
+
 /// One number, however often it is said (RFC 9110 8.6). Two different ones are how requests are smuggled.
 fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Error> {
     let mut length = None;

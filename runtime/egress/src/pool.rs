@@ -20,6 +20,9 @@ use crate::site::Origin;
 /// the connection's window for the others; see [`crate::client`].
 pub(crate) const STREAMS: usize = 8;
 
+/// How long a connection is used for new requests: its name may stand for another address by then.
+const AGE: Duration = Duration::from_mins(10);
+
 /// One of the connections that the whole worker may keep.
 struct Counted(Arc<AtomicUsize>);
 
@@ -78,6 +81,7 @@ impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Tasks 
 /// A connection of HTTP/1.1 that nobody else uses.
 pub(crate) struct Single {
     pub(crate) sender: http1::SendRequest<Outgoing>,
+    pub(crate) opened: Instant,
     pub(crate) _life: Life,
 }
 
@@ -94,6 +98,7 @@ struct Shared {
     sender: http2::SendRequest<Outgoing>,
     life: Life,
     streams: Arc<Semaphore>,
+    opened: Instant,
     since: Instant,
     _counted: Counted,
 }
@@ -114,8 +119,8 @@ pub(crate) enum Sender {
 pub(crate) struct Stream {
     pub(crate) id: u64,
     pub(crate) sender: http2::SendRequest<Outgoing>,
-    pub(crate) life: Life,
-    pub(crate) place: OwnedSemaphorePermit,
+    pub(crate) _life: Life,
+    pub(crate) _place: OwnedSemaphorePermit,
 }
 
 /// How many connections are kept, and for how long.
@@ -148,7 +153,7 @@ impl Pool {
         for shared in self.shared.iter().rev().filter(|s| s.origin == *origin) {
             if let Ok(place) = Arc::clone(&shared.streams).try_acquire_owned() {
                 let (sender, life) = (shared.sender.clone(), shared.life.clone());
-                return Some(Sender::Http2(Stream { id: shared.id, sender, life, place }));
+                return Some(Sender::Http2(Stream { id: shared.id, sender, _life: life, _place: place }));
             }
         }
         let index = self.idle.iter().rposition(|idle| idle.origin == *origin)?;
@@ -180,9 +185,10 @@ impl Pool {
         let known = self.shared.iter().any(|s| s.origin == *origin && s.streams.available_permits() > 0);
         if !known && let Some(counted) = self.room() {
             let (origin, sender, life) = (origin.clone(), sender.clone(), life.clone());
-            self.shared.push(Shared { id, origin, sender, life, streams, since: Instant::now(), _counted: counted });
+            let now = Instant::now();
+            self.shared.push(Shared { id, origin, sender, life, streams, opened: now, since: now, _counted: counted });
         }
-        Some(Stream { id, sender, life, place })
+        Some(Stream { id, sender, _life: life, _place: place })
     }
 
     /// A request on a shared connection is over.
@@ -225,8 +231,10 @@ impl Pool {
     pub(crate) fn sweep(&mut self, now: Instant) -> Option<Instant> {
         let within = self.keep.within;
         let old = |since: Instant| now.saturating_duration_since(since) >= within;
-        self.idle.retain(|c| !c.single.sender.is_closed() && !old(c.since));
-        self.shared.retain(|c| !(c.sender.is_closed() || c.is_idle() && old(c.since)));
+        let aged = |opened: Instant| now.saturating_duration_since(opened) >= AGE;
+        self.idle.retain(|c| !c.single.sender.is_closed() && !old(c.since) && !aged(c.single.opened));
+        // What is in use goes on without being listed here.
+        self.shared.retain(|c| !c.sender.is_closed() && !(c.is_idle() && old(c.since)) && !aged(c.opened));
         // One that is in use is looked at again when it could be old at the earliest.
         let due = |since: Instant, idle: bool| if idle { since + within } else { now + within };
         let idle = self.idle.iter().map(|c| due(c.since, true));
@@ -246,6 +254,7 @@ pub(crate) enum Lease {
     Http2 {
         brane: Weak<Brane>,
         stream: Stream,
+        fate: Fate,
     },
 }
 
@@ -270,23 +279,44 @@ impl Lease {
                     }
                 });
             }
-            Self::Http2 { brane, stream: Stream { id, place, life, .. } } => {
-                drop(place);
-                if let Some(brane) = brane.upgrade() {
-                    brane.pool().used(id);
-                }
-                drop(life);
+            Self::Http2 { brane, stream, fate } if fate.is_over() => used(&brane, stream),
+            Self::Http2 { brane, stream, fate } => {
+                tokio::spawn(async move {
+                    let Some(stall) = brane.upgrade().map(|brane| brane.bounds.stall) else { return };
+                    if fate.comes_to_an_end(stall).await {
+                        used(&brane, stream);
+                    } else {
+                        Self::Http2 { brane, stream, fate }.give_up();
+                    }
+                });
             }
+        }
+    }
+
+    /// Before the answer's end, by whom it was for. One of HTTP/1.1 is of no more use; a stream is reset by hyper, unless
+    /// its request is still on its way, which only the connection's end stops.
+    pub(crate) fn abandon(self) {
+        match self {
+            Self::Http2 { brane, stream, fate } if fate.is_over() => used(&brane, stream),
+            other => other.give_up(),
         }
     }
 
     /// After a failure: nobody else is to be sent there.
     pub(crate) fn give_up(self) {
-        if let Self::Http2 { brane, stream } = self
+        if let Self::Http2 { brane, stream, .. } = self
             && let Some(brane) = brane.upgrade()
         {
             brane.pool().forget(stream.id);
         }
+    }
+}
+
+fn used(brane: &Weak<Brane>, stream: Stream) {
+    let id = stream.id;
+    drop(stream);
+    if let Some(brane) = brane.upgrade() {
+        brane.pool().used(id);
     }
 }
 

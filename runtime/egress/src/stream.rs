@@ -13,9 +13,6 @@ use tokio::net::TcpStream;
 use tokio::time::Sleep;
 use tokio_rustls::client::TlsStream;
 
-/// For how long a server may leave written bytes unread.
-const STALL: Duration = Duration::from_secs(30);
-
 enum Inner {
     Clear(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
@@ -24,16 +21,18 @@ enum Inner {
 /// A connection to a server.
 pub(crate) struct Stream {
     inner: Inner,
+    /// How long a write may make no progress.
+    stall: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
 impl Stream {
-    pub(crate) fn clear(stream: TcpStream) -> Self {
-        Self { inner: Inner::Clear(stream), stalled: None }
+    pub(crate) fn clear(stream: TcpStream, stall: Duration) -> Self {
+        Self { inner: Inner::Clear(stream), stall, stalled: None }
     }
 
-    pub(crate) fn tls(stream: TlsStream<TcpStream>) -> Self {
-        Self { inner: Inner::Tls(Box::new(stream)), stalled: None }
+    pub(crate) fn tls(stream: TlsStream<TcpStream>, stall: Duration) -> Self {
+        Self { inner: Inner::Tls(Box::new(stream)), stall, stalled: None }
     }
 
     /// Whether TLS' handshake chose HTTP/2.
@@ -50,7 +49,8 @@ impl Stream {
             self.stalled = None;
             return polled;
         }
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(STALL)));
+        let stall = self.stall;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(stall)));
         stalled.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 }
