@@ -234,7 +234,10 @@ impl Pool {
         let aged = |opened: Instant| now.saturating_duration_since(opened) >= AGE;
         self.idle.retain(|c| !c.single.sender.is_closed() && !old(c.since) && !aged(c.single.opened));
         // What is in use goes on without being listed here.
-        self.shared.retain(|c| !c.sender.is_closed() && !(c.is_idle() && old(c.since)) && !aged(c.opened));
+        self.shared.retain(|c| {
+            let done = c.is_idle() && old(c.since);
+            !(c.sender.is_closed() || done || aged(c.opened))
+        });
         // One that is in use is looked at again when it could be old at the earliest.
         let due = |since: Instant, idle: bool| if idle { since + within } else { now + within };
         let idle = self.idle.iter().map(|c| due(c.since, true));
@@ -324,5 +327,139 @@ fn keep(brane: &Weak<Brane>, origin: Origin, single: Single) {
     if let Some(brane) = brane.upgrade() {
         brane.pool().keep(origin, single);
         brane.sweep_later();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper_util::rt::TokioIo;
+    use proptest::prelude::*;
+
+    /// An idle connection whose other end stays open for as long as the test lasts.
+    async fn single() -> Single {
+        let (near, far) = tokio::io::duplex(64);
+        let (sender, connection) = http1::handshake(TokioIo::new(near)).await.unwrap();
+        let place = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let (life, tasks) = Tasks::new(Permit { _brane: place(), _worker: place() });
+        hyper::rt::Executor::execute(&tasks, async move {
+            let _far = far;
+            connection.await
+        });
+        Single { sender, opened: Instant::now(), _life: life }
+    }
+
+    fn origin(n: u8) -> Origin {
+        Origin::parse(gaia_manifest::Scheme::Http, &format!("n{n}.example")).unwrap()
+    }
+
+    fn pool(brane: usize, worker: usize, within: Duration, all: &Arc<AtomicUsize>) -> Pool {
+        Pool::new(Keep { brane, worker, within }, Arc::clone(all))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_not_used_for_ever() {
+        let mut pool = pool(4, 4, Duration::from_mins(2), &Arc::default());
+        pool.keep(origin(1), single().await);
+        let mut used = 0;
+        while let Some(Sender::Http1(single)) = pool.take(&origin(1)) {
+            used += 1;
+            tokio::time::advance(Duration::from_mins(1)).await;
+            pool.keep(origin(1), single);
+        }
+        assert_eq!(used, 10, "minutes");
+        assert_eq!(pool.len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_used_last_is_used_first_and_what_is_longest_idle_goes_first() {
+        let mut pool = pool(3, 9, Duration::from_secs(10), &Arc::default());
+        for n in [1, 2, 1] {
+            pool.keep(origin(n), single().await);
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        assert!(pool.evict());
+        assert_eq!(pool.sweep(Instant::now()), Some(Instant::now() + Duration::from_secs(8)), "the second is due next");
+        pool.keep(origin(3), single().await);
+        pool.keep(origin(4), single().await);
+        assert!(pool.take(&origin(2)).is_none(), "made way");
+        assert!(pool.take(&origin(1)).is_some());
+        assert!(pool.take(&origin(1)).is_none());
+        tokio::time::advance(Duration::from_secs(10)).await;
+        assert!(pool.take(&origin(3)).is_none(), "too old");
+        assert_eq!(pool.len(), 0);
+        assert!(!pool.evict());
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Keep(bool, u8),
+        Take(bool, u8),
+        Evict(bool),
+        Wait(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => (any::<bool>(), 0_u8..4).prop_map(|(which, n)| Step::Keep(which, n)),
+            2 => (any::<bool>(), 0_u8..4).prop_map(|(which, n)| Step::Take(which, n)),
+            1 => any::<bool>().prop_map(Step::Evict),
+            1 => (0_u64..8).prop_map(Step::Wait),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn two_branes_never_keep_more_than_they_may(steps in proptest::collection::vec(step(), 0..60)) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            let check = async {
+                let all = Arc::new(AtomicUsize::new(0));
+                let within = Duration::from_secs(10);
+                let mut pools = [pool(3, 4, within, &all), pool(2, 4, within, &all)];
+                // Each brane's, oldest first, with the second in which it was kept.
+                let mut model: [Vec<(u8, u64)>; 2] = Default::default();
+                let mut now = 0;
+                for step in steps {
+                    match step {
+                        Step::Keep(which, n) => {
+                            let (i, bound) = if which { (1, 2) } else { (0, 3) };
+                            pools[i].keep(origin(n), single().await);
+                            if model[i].len() == bound {
+                                model[i].remove(0);
+                            }
+                            if model[0].len() + model[1].len() < 4 {
+                                model[i].push((n, now));
+                            }
+                        }
+                        Step::Take(which, n) => {
+                            let i = usize::from(which);
+                            model[i].retain(|(_, since)| now - since < 10);
+                            let at = model[i].iter().rposition(|(m, _)| *m == n);
+                            prop_assert_eq!(pools[i].take(&origin(n)).is_some(), at.is_some());
+                            at.map(|at| model[i].remove(at));
+                        }
+                        Step::Evict(which) => {
+                            let i = usize::from(which);
+                            prop_assert_eq!(pools[i].evict(), !model[i].is_empty());
+                            if !model[i].is_empty() {
+                                model[i].remove(0);
+                            }
+                        }
+                        Step::Wait(seconds) => {
+                            tokio::time::advance(Duration::from_secs(seconds)).await;
+                            now += seconds;
+                        }
+                    }
+                    for (pool, model) in pools.iter().zip(&model) {
+                        prop_assert_eq!(pool.len(), model.len());
+                    }
+                    prop_assert_eq!(all.load(Ordering::Relaxed), model[0].len() + model[1].len());
+                }
+                drop(pools);
+                prop_assert_eq!(all.load(Ordering::Relaxed), 0);
+                Ok(())
+            };
+            runtime.block_on(check)?;
+        }
     }
 }

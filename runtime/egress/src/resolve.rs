@@ -429,9 +429,14 @@ mod tests {
 
     /// Runs one on a port of its own; counts its questions.
     async fn server() -> (SocketAddr, Arc<AtomicUsize>) {
-        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let (udp, tcp) = loop {
+            let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            // The same port can be somebody else's over TCP.
+            if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()).await {
+                break (udp, tcp);
+            }
+        };
         let address = udp.local_addr().unwrap();
-        let tcp = TcpListener::bind(address).await.unwrap();
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
         tokio::spawn(async move {
@@ -504,7 +509,8 @@ mod tests {
     #[tokio::test]
     async fn the_next_server_is_asked_when_one_is_down_or_will_not_say() {
         let (address, _) = server().await;
-        let unused = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        // Port 1 is nobody's.
+        let unused = "127.0.0.1:1".parse().unwrap();
         let stub = Stub::new(vec![unused, address]);
         assert_eq!(stub.resolve("two.example").await, ips(&["9.9.9.9", "2620:fe::fe"]));
         let stub = Stub::new(vec![unused]);

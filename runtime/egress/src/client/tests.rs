@@ -178,6 +178,10 @@ async fn answer(request: Request<hyper::body::Incoming>, log: Arc<Log>) -> Resul
     let (version, headers) = (request.version(), request.headers().clone());
     let uri = request.uri().to_string();
     log.seen.lock().unwrap().push(Seen { version, uri, headers });
+    if request.method() == Method::HEAD {
+        let response = Response::builder().header(header::CONTENT_LENGTH, "5");
+        return Ok(response.body(Empty::new().boxed_unsync()).unwrap());
+    }
     let full = |text: &'static str| Full::new(Bytes::from_static(text.as_bytes())).boxed_unsync();
     let path = request.uri().path().to_owned();
     let mut response = Response::new(match path.as_str() {
@@ -265,7 +269,7 @@ fn with_bounds(names: &Arc<Names>, root: &str, sites: Vec<Site>, bounds: Bounds)
 }
 
 fn short() -> Timeouts {
-    let limit = Duration::from_secs(5);
+    let limit = Duration::from_secs(20);
     Timeouts { connect: limit, first_byte: limit, between_bytes: limit }
 }
 
@@ -288,7 +292,7 @@ async fn until(what: &str, so: impl Fn() -> bool) {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    timeout(Duration::from_secs(5), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+    timeout(Duration::from_secs(20), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
 }
 
 const LOOPBACK: &[&[&str]] = &[&["127.0.0.1"]];
@@ -352,6 +356,21 @@ async fn only_a_literal_entry_opens_an_address_that_is_refused() {
             Err(error) => assert!(!reached && error.code() == "HTTP-request-denied", "{list:?} {uri}: {error}"),
         }
     }
+}
+
+#[tokio::test]
+async fn an_address_of_ipv6_is_reached_by_its_literal_entry() {
+    // Where the loopback has no IPv6 there is nothing to reach.
+    let Ok(listener) = TcpListener::bind("[::1]:0").await else { return };
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let service = service_fn(|request| answer(request, Arc::default()));
+            let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+        }
+    });
+    let egress = egress(&Names::of(&[]), "", sites(&[&address.to_string()]));
+    assert_eq!(fetch(&egress, &format!("http://[0:0::1]:{}/", address.port())).await.unwrap(), "hello");
 }
 
 #[tokio::test]
@@ -448,6 +467,7 @@ async fn a_certificate_must_be_of_the_host_and_of_a_trusted_authority() {
     let trusting = egress(&names, &server.root, list());
     assert_eq!(fetch(&trusting, &format!("https://api.example:{port}/")).await.unwrap(), "hello");
     assert_eq!(fetch(&trusting, &format!("https://127.0.0.1:{port}/")).await.unwrap(), "hello", "an address in it");
+    assert_eq!(*server.log.names.lock().unwrap(), [Some("api.example".to_owned()), None], "addresses are no SNI");
     let other = fetch(&trusting, &format!("https://other.example:{port}/")).await.unwrap_err();
     assert_eq!(other.code(), "TLS-certificate-error", "{other}");
     let strict = egress(&names, "", list());
@@ -491,11 +511,19 @@ async fn a_connection_is_used_again_by_its_brane_alone() {
         for path in ["/", "/empty", "/", "/redirect", "/"] {
             fetch(&one, &uri(path)).await.unwrap();
         }
+        let head = Request::head(uri("/")).body(Empty::<Bytes>::new()).unwrap();
+        assert_eq!(text(one.send(head, short()).await.unwrap()).await.unwrap(), "", "HEAD");
+        fetch(&one, &uri("/")).await.unwrap();
         assert_eq!((server.connections(), names.asked(), one.kept()), (1, 1, 1));
         fetch(&other, &uri("/")).await.unwrap();
         assert_eq!((server.connections(), other.kept()), (2, 1), "another brane has its own");
+        if speaks != Speaks::Http2 {
+            fetch(&other, &uri("/close")).await.unwrap();
+            until("a server that closes is taken at its word", || other.open() == 0).await;
+        }
+        let closed = server.log.closed.load(Ordering::Relaxed);
         drop(one);
-        until("the brane's connections are closed", || server.log.closed.load(Ordering::Relaxed) == 1).await;
+        until("the brane's connections are closed", || server.log.closed.load(Ordering::Relaxed) > closed).await;
     }
 }
 
@@ -528,7 +556,7 @@ async fn what_is_kept_is_bounded_in_number_and_time() {
     let names = Names::of(&[("a.example", LOOPBACK), ("b.example", LOOPBACK), ("c.example", LOOPBACK)]);
     let resolver: Arc<dyn Resolve> = Arc::<Names>::clone(&names);
     let shared = Shared::new(resolver, roots("").unwrap(), 100).unwrap();
-    let bounds = Bounds { kept: 2, kept_in_all: 3, kept_for: Duration::from_millis(300), ..Bounds::default() };
+    let bounds = Bounds { kept: 2, kept_in_all: 3, kept_for: Duration::from_secs(1), ..Bounds::default() };
     let [one, other] = [(); 2].map(|()| Egress::new(&shared, server.sites("*.example"), bounds));
     let uri = |host: &str| format!("http://{host}.example:{}/", server.port());
     for host in ["a", "b", "c"] {
@@ -653,14 +681,22 @@ async fn a_request_that_the_server_does_not_read_is_not_gathered() {
 
 #[tokio::test]
 async fn an_early_answer_does_not_cut_off_the_request() {
-    const SIZE: u64 = 8 << 20;
-    let server = Server::start(Speaks::Http2, &["127.0.0.1"]).await;
+    early(Speaks::Clear).await;
+    early(Speaks::Http2).await;
+}
+
+async fn early(speaks: Speaks) {
+    // The second is more than all buffers on the way hold.
+    const READ: u64 = 8 << 20;
+    const UNREAD: u64 = 64 << 20;
+    let server = Server::start(speaks, &["127.0.0.1"]).await;
     let list = sites(&[&format!("127.0.0.1:{}", server.port())]);
-    let bounds = Bounds { stall: Duration::from_millis(500), ..Bounds::default() };
+    let bounds = Bounds { stall: Duration::from_secs(1), ..Bounds::default() };
     let egress = with_bounds(&Names::of(&[]), &server.root, list, bounds);
-    let uri = |path: &str| format!("https://127.0.0.1:{}{path}", server.port());
-    let post = |path: &str, taken: Arc<AtomicU64>| {
-        let pieces = (0..SIZE / (16 * 1024)).map(move |_| {
+    let scheme = if speaks == Speaks::Clear { "http" } else { "https" };
+    let uri = |path: &str| format!("{scheme}://127.0.0.1:{}{path}", server.port());
+    let post = |path: &str, size: u64, taken: Arc<AtomicU64>| {
+        let pieces = (0..size / (16 * 1024)).map(move |_| {
             taken.fetch_add(16 * 1024, Ordering::Relaxed);
             Ok::<_, Infallible>(Frame::data(Bytes::from(vec![0; 16 * 1024])))
         });
@@ -668,22 +704,22 @@ async fn an_early_answer_does_not_cut_off_the_request() {
         egress.send(request, short())
     };
     let taken = Arc::new(AtomicU64::new(0));
-    let answer = post("/early-and-reads", Arc::clone(&taken)).await.unwrap();
+    let answer = post("/early-and-reads", READ, Arc::clone(&taken)).await.unwrap();
     assert_eq!(text(answer).await.unwrap(), "early");
-    until("all of the request arrives", || server.log.read.load(Ordering::Relaxed) == SIZE).await;
+    until("all of the request arrives", || server.log.read.load(Ordering::Relaxed) == READ).await;
     until("its connection is free", || Arc::strong_count(&taken) == 1).await;
     assert_eq!((egress.open(), egress.kept()), (1, 1));
     // One that is never read holds its place until it is given up, and then nobody is sent there.
     let taken = Arc::new(AtomicU64::new(0));
-    assert_eq!(text(post("/early", Arc::clone(&taken)).await.unwrap()).await.unwrap(), "early");
+    assert_eq!(text(post("/early", UNREAD, Arc::clone(&taken)).await.unwrap()).await.unwrap(), "early");
     until("it is given up", || Arc::strong_count(&taken) == 1).await;
-    assert!(taken.load(Ordering::Relaxed) < SIZE);
+    assert!(taken.load(Ordering::Relaxed) < UNREAD);
     until("with its connection", || egress.open() == 0).await;
     assert_eq!((egress.kept(), server.connections()), (0, 1));
     assert_eq!(fetch(&egress, &uri("/")).await.unwrap(), "hello");
     // So is one whose answer nobody wants.
     let taken = Arc::new(AtomicU64::new(0));
-    drop(post("/early", Arc::clone(&taken)).await.unwrap());
+    drop(post("/early", UNREAD, Arc::clone(&taken)).await.unwrap());
     until("it is given up at once", || Arc::strong_count(&taken) == 1 && egress.open() == 0).await;
 }
 
