@@ -280,7 +280,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_ipv4_refuses_no_form_of_ipv6_lets_through(v4 in refused_address(), high in any::<u64>(), low in any::<u32>()) {
+        fn what_ipv4_refuses_no_form_of_ipv6_lets_through(
+            v4 in refused_address(),
+            high in any::<u64>(),
+            low in any::<u32>(),
+        ) {
             prop_assert!(refused(v4.into()).is_some());
             let [high_4, low_4] = [v4.to_bits() >> 16, v4.to_bits() & 0xffff].map(|n| u16::try_from(n).unwrap());
             let bits = u128::from(v4.to_bits());

@@ -13,7 +13,7 @@ use http_body_util::combinators::UnsyncBoxBody;
 use tokio::sync::Notify;
 use tokio::time::{Sleep, timeout};
 
-use crate::error::Error;
+use crate::error::{Error, on_a_line};
 use crate::head;
 use crate::pool::Lease;
 
@@ -84,7 +84,7 @@ impl Outgoing {
         {
             return Err(Error::RequestBodySize(declared));
         }
-        let inner = UnsyncBoxBody::new(body.map_err(|e| Error::RequestBody(e.to_string())));
+        let inner = UnsyncBoxBody::new(body.map_err(|e| Error::RequestBody(on_a_line(e))));
         Ok(Self { inner, first: None, declared, sent: 0, fate: Fate::default() })
     }
 
@@ -272,7 +272,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_body_has_the_length_it_declares_or_breaks_off(sizes in proptest::collection::vec(0_usize..50, 0..6), declared in 0_u64..200, peek: bool) {
+        fn a_body_has_the_length_it_declares_or_breaks_off(
+            sizes in proptest::collection::vec(0_usize..50, 0..6),
+            declared in 0_u64..200,
+            peek: bool,
+        ) {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let total: usize = sizes.iter().sum();
             for declared in [Some(declared), Some(total as u64), None] {
@@ -282,7 +286,9 @@ mod tests {
                 }
                 let got = runtime.block_on(body.collect()).map(|all| all.to_bytes().len());
                 match declared {
-                    Some(declared) if declared != total as u64 => prop_assert_eq!(got, Err(Error::RequestBodySize(declared))),
+                    Some(declared) if declared != total as u64 => {
+                        prop_assert_eq!(got, Err(Error::RequestBodySize(declared)));
+                    }
                     _ => prop_assert_eq!(got, Ok(total)),
                 }
             }

@@ -75,7 +75,7 @@ impl Default for Timeouts {
     }
 }
 
-/// What a brane, and all branes of a worker, may have open.
+/// What a brane may have open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
     /// Connections of the brane at a time, kept ones too. One more is [`Error::ConnectionLimit`].
@@ -84,18 +84,17 @@ pub struct Bounds {
     pub kept: usize,
     /// How long one is kept.
     pub kept_for: Duration,
-    /// Connections that are kept for all branes of the worker together.
-    pub kept_in_all: usize,
     /// How long a server may leave a request's bytes unread.
     pub stall: Duration,
 }
 
 impl Default for Bounds {
-    /// 64 connections, 16 of them kept for half a minute, 128 in all; half a minute without progress. A connection holds at most about 250 KiB under
-    /// HTTP/1.1, TLS' buffers included, and 1.6 MiB under HTTP/2 with eight answers unread and eight requests stuck.
+    /// 64 connections, 16 of them kept, for half a minute; half a minute without progress. A connection holds at most
+    /// about 250 KiB under HTTP/1.1, TLS' buffers included, and 1.6 MiB under HTTP/2, with eight answers unread and eight
+    /// requests stuck.
     fn default() -> Self {
         let half_a_minute = Duration::from_secs(30);
-        Self { connections: 64, kept: 16, kept_for: half_a_minute, kept_in_all: 128, stall: half_a_minute }
+        Self { connections: 64, kept: 16, kept_for: half_a_minute, stall: half_a_minute }
     }
 }
 
@@ -137,6 +136,7 @@ pub struct Shared {
     resolver: Arc<dyn Resolve>,
     tls: ClientConfig,
     kept: Arc<AtomicUsize>,
+    most_kept: usize,
     connections: Arc<Semaphore>,
 }
 
@@ -150,11 +150,17 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    /// For a worker that may have so many connections to the outside at a time.
+    /// For a worker that may have so many connections to the outside at a time, and keep so many of them for branes'
+    /// next requests.
     ///
     /// # Errors
     /// If TLS has no version to speak, which is a fault of the build.
-    pub fn new(resolver: Arc<dyn Resolve>, roots: RootCertStore, connections: usize) -> Result<Arc<Self>, Error> {
+    pub fn new(
+        resolver: Arc<dyn Resolve>,
+        roots: RootCertStore,
+        connections: usize,
+        kept: usize,
+    ) -> Result<Arc<Self>, Error> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut tls = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
@@ -163,7 +169,7 @@ impl Shared {
             .with_no_client_auth();
         tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         let connections = Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)));
-        Ok(Arc::new(Self { resolver, tls, kept: Arc::default(), connections }))
+        Ok(Arc::new(Self { resolver, tls, kept: Arc::default(), most_kept: kept, connections }))
     }
 }
 
@@ -205,7 +211,7 @@ impl Egress {
         // A session ticket is as good as a connection for telling who somebody is: each brane has its own.
         tls.resumption = Resumption::in_memory_sessions(SESSIONS);
         let keep =
-            Keep { brane: bounds.kept, worker: bounds.kept_in_all, within: bounds.kept_for.clamp(SHORTEST, LONGEST) };
+            Keep { brane: bounds.kept, worker: shared.most_kept, within: bounds.kept_for.clamp(SHORTEST, LONGEST) };
         let brane = Brane {
             shared: Arc::clone(shared),
             sites,

@@ -125,7 +125,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn memory_is_bounded_and_the_last_look_up_always_counts(names in proptest::collection::vec((0..200_u32, 0..40_u8), 1..300)) {
+        fn memory_is_bounded_and_the_last_look_up_always_counts(
+            names in proptest::collection::vec((0..200_u32, 0..40_u8), 1..300),
+        ) {
             let mut seen = Seen::default();
             for (name, count) in &names {
                 let all: Vec<IpAddr> = (0..*count).map(|n| IpAddr::from([9, 9, 9, n])).collect();

@@ -117,12 +117,12 @@ impl Error {
     /// Of the handshake, and of reading and writing afterwards.
     pub(crate) fn tls(error: &io::Error) -> Self {
         match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-            Some(rustls::Error::InvalidCertificate(why)) => Self::TlsCertificate(why.to_string()),
+            Some(rustls::Error::InvalidCertificate(why)) => Self::TlsCertificate(on_a_line(why)),
             Some(rustls::Error::NoCertificatesPresented) => Self::TlsCertificate("none was shown".into()),
             Some(rustls::Error::AlertReceived(alert)) => {
                 Self::TlsAlert { id: u8::from(*alert), name: format!("{alert:?}") }
             }
-            Some(other) => Self::TlsProtocol(other.to_string()),
+            Some(other) => Self::TlsProtocol(on_a_line(other)),
             None => Self::TlsProtocol(error.kind().to_string()),
         }
     }
@@ -150,8 +150,75 @@ impl Error {
         } else if error.is_incomplete_message() || error.is_closed() || error.is_canceled() {
             if in_body { Self::ResponseIncomplete } else { Self::Terminated }
         } else {
-            let why = error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {source}"));
-            Self::Protocol(why)
+            Self::Protocol(match error.source() {
+                Some(source) => on_a_line(format_args!("{error}: {source}")),
+                None => on_a_line(error),
+            })
+        }
+    }
+}
+
+/// Words in which a server, or a guest, may have a part: at most 200 characters, with controls escaped.
+pub(crate) fn on_a_line(words: impl std::fmt::Display) -> String {
+    let text = words.to_string();
+    let plain = |c: char| if c.is_control() { c.escape_default().collect() } else { c.to_string() };
+    text.chars().take(200).map(plain).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_servers_words_stay_on_their_line() {
+        assert_eq!(on_a_line("a\nΩ DENY\u{1b}[2J"), "a\\nΩ DENY\\u{1b}[2J");
+        assert_eq!(on_a_line("x".repeat(9999)).len(), 200);
+    }
+
+    /// The names of `wasi:http/types@0.2`.
+    #[test]
+    fn every_error_has_a_name_that_guests_know() {
+        let known = "DNS-timeout DNS-error destination-not-found destination-unavailable destination-IP-prohibited \
+            destination-IP-unroutable connection-refused connection-terminated connection-timeout \
+            connection-read-timeout connection-write-timeout connection-limit-reached TLS-protocol-error \
+            TLS-certificate-error TLS-alert-received HTTP-request-denied HTTP-request-length-required \
+            HTTP-request-body-size HTTP-request-method-invalid HTTP-request-URI-invalid HTTP-request-URI-too-long \
+            HTTP-request-header-section-size HTTP-request-header-size HTTP-request-trailer-section-size \
+            HTTP-request-trailer-size HTTP-response-incomplete HTTP-response-header-section-size \
+            HTTP-response-header-size HTTP-response-body-size HTTP-response-trailer-section-size \
+            HTTP-response-trailer-size HTTP-response-transfer-coding HTTP-response-content-coding \
+            HTTP-response-timeout HTTP-upgrade-failed HTTP-protocol-error loop-detected configuration-error \
+            internal-error";
+        let text = String::new;
+        for error in [
+            Error::Denied(Denied::NoHost),
+            Error::Dns(resolve::Error::Timeout),
+            Error::Dns(resolve::Error::NotFound),
+            Error::Connect(io::ErrorKind::ConnectionRefused),
+            Error::Connect(io::ErrorKind::TimedOut),
+            Error::Connect(io::ErrorKind::NetworkUnreachable),
+            Error::Connect(io::ErrorKind::HostUnreachable),
+            Error::ConnectTimeout,
+            Error::ConnectionLimit,
+            Error::TlsCertificate(text()),
+            Error::TlsAlert { id: 0, name: text() },
+            Error::TlsProtocol(text()),
+            Error::Uri,
+            Error::UriTooLong(0),
+            Error::RequestHeaders(0),
+            Error::ContentLength,
+            Error::RequestBodySize(0),
+            Error::RequestBody(text()),
+            Error::WriteTimeout,
+            Error::FirstByteTimeout,
+            Error::BetweenBytesTimeout,
+            Error::ResponseHeaders,
+            Error::ResponseIncomplete,
+            Error::Terminated,
+            Error::Upgrade,
+            Error::Protocol(text()),
+        ] {
+            assert!(known.split_whitespace().any(|name| name == error.code()), "{error:?}: {}", error.code());
         }
     }
 }

@@ -572,7 +572,10 @@ mod tests {
         }
 
         #[test]
-        fn a_damaged_answer_is_read_or_refused(flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8), cut: prop::sample::Index) {
+        fn a_damaged_answer_is_read_or_refused(
+            flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+            cut: prop::sample::Index,
+        ) {
             for asked in ["alias.example", "two.example", "loop.example"] {
                 let query = query(&name(asked), Family::V4).unwrap();
                 let mut bytes = reply(query.as_slice(), true).unwrap().remove(0);

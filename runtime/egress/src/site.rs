@@ -453,12 +453,16 @@ mod tests {
         }
 
         #[test]
-        fn near_misses_are_no_hits(text in "(https?://)?[a-z0-9@.:\\[\\]xX%-]{0,12}(\\*?\\.)?(Example\\.ORG|example\\.org)?\\.?(:[0-9]{0,6})?") {
+        fn near_misses_are_no_hits(
+            text in "(https?://)?[a-z0-9@.:\\[\\]xX%-]{0,12}(\\*?\\.)?(Example\\.ORG|example\\.org)?\\.?(:[0-9]{0,6})?",
+        ) {
             crate::fuzz::site(text.as_bytes());
         }
 
         #[test]
-        fn an_origin_reads_back_as_itself(text in "[a-zA-Z0-9.-]{1,30}(:[0-9]{1,5})?|\\[[0-9a-f:]{2,20}\\](:[0-9]{1,5})?") {
+        fn an_origin_reads_back_as_itself(
+            text in "[a-zA-Z0-9.-]{1,30}(:[0-9]{1,5})?|\\[[0-9a-f:]{2,20}\\](:[0-9]{1,5})?",
+        ) {
             for scheme in [Scheme::Http, Scheme::Https] {
                 if let Ok(origin) = Origin::parse(scheme, &text) {
                     prop_assert_eq!(Origin::parse(scheme, &origin.authority()), Ok(origin));

@@ -265,7 +265,7 @@ fn egress(names: &Arc<Names>, root: &str, sites: Vec<Site>) -> Egress {
 
 fn with_bounds(names: &Arc<Names>, root: &str, sites: Vec<Site>, bounds: Bounds) -> Egress {
     let resolver: Arc<dyn Resolve> = Arc::<Names>::clone(names);
-    Egress::new(&Shared::new(resolver, roots(root).unwrap(), 100).unwrap(), sites, bounds)
+    Egress::new(&Shared::new(resolver, roots(root).unwrap(), 100, 50).unwrap(), sites, bounds)
 }
 
 fn short() -> Timeouts {
@@ -323,6 +323,16 @@ async fn what_a_name_stands_for_is_filtered() {
         assert!(error.to_string().ends_with(refused.unwrap()), "{addresses:?}: {error}");
     }
     assert_eq!(server.connections(), 0);
+}
+
+#[tokio::test]
+async fn a_name_that_is_not_listed_is_not_even_asked_for() {
+    let names = Names::of(&[("api.example", LOOPBACK)]);
+    let egress = egress(&names, "", sites(&["https://api.example", "*.api.example"]));
+    for uri in ["http://api.example/", "https://api.example:444/", "https://xn--api-.example/", "https://10.0.0.1/"] {
+        assert_eq!(fetch(&egress, uri).await.unwrap_err().code(), "HTTP-request-denied", "{uri}");
+    }
+    assert_eq!(names.asked(), 0);
 }
 
 #[tokio::test]
@@ -504,7 +514,7 @@ async fn a_connection_is_used_again_by_its_brane_alone() {
         let server = Server::start(speaks, &["api.example"]).await;
         let names = Names::of(&[("api.example", LOOPBACK)]);
         let resolver: Arc<dyn Resolve> = Arc::<Names>::clone(&names);
-        let shared = Shared::new(resolver, roots(&server.root).unwrap(), 100).unwrap();
+        let shared = Shared::new(resolver, roots(&server.root).unwrap(), 100, 50).unwrap();
         let [one, other] = [(); 2].map(|()| Egress::new(&shared, server.sites("api.example"), Bounds::default()));
         let scheme = if speaks == Speaks::Clear { "http" } else { "https" };
         let uri = |path: &str| format!("{scheme}://api.example:{}{path}", server.port());
@@ -555,8 +565,8 @@ async fn what_is_kept_is_bounded_in_number_and_time() {
     let server = Server::start(Speaks::Clear, &[]).await;
     let names = Names::of(&[("a.example", LOOPBACK), ("b.example", LOOPBACK), ("c.example", LOOPBACK)]);
     let resolver: Arc<dyn Resolve> = Arc::<Names>::clone(&names);
-    let shared = Shared::new(resolver, roots("").unwrap(), 100).unwrap();
-    let bounds = Bounds { kept: 2, kept_in_all: 3, kept_for: Duration::from_secs(1), ..Bounds::default() };
+    let shared = Shared::new(resolver, roots("").unwrap(), 100, 3).unwrap();
+    let bounds = Bounds { kept: 2, kept_for: Duration::from_secs(1), ..Bounds::default() };
     let [one, other] = [(); 2].map(|()| Egress::new(&shared, server.sites("*.example"), bounds));
     let uri = |host: &str| format!("http://{host}.example:{}/", server.port());
     for host in ["a", "b", "c"] {
