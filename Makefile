@@ -139,12 +139,14 @@ clippy:
 	@cargo clippy $(FLAGS) --all-targets -- -D warnings
 	@cargo clippy $(FLAGS) -p gaia-init --features debug-role --all-targets -- -D warnings
 	@cargo clippy $(FLAGS) -p gaia-branes --all-targets --target wasm32-wasip2 -- -D warnings
+	@cargo clippy $(FLAGS) -p gaia-schema --all-targets -- -D warnings
 
 .PHONY: unit
 unit:
 	@cargo test $(FLAGS) --lib --bins --test golden --test properties --test link
 	@cargo test $(FLAGS) --doc
 	@cargo test $(FLAGS) -p gaia-branes --lib
+	@cargo test $(FLAGS) -p gaia-schema --test schema
 
 .PHONY: doc
 doc:

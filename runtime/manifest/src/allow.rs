@@ -258,16 +258,17 @@ fn host_and_port(text: &str) -> Result<(&str, Option<u16>), String> {
         // Several colons and no brackets: an IPv6 address on its own.
         Some(_) if behind == 0 && text.matches(':').count() > 1 => Ok((text, None)),
         Some(i) => {
-            let port = text.get(i + 1..).unwrap_or_default();
-            let number: u16 = port
-                .parse()
-                .ok()
-                .filter(|p| *p > 0 && !port.starts_with('+'))
-                .ok_or_else(|| format!("\"{port}\" is not a port: 1 to 65535"))?;
+            let behind = text.get(i + 1..).unwrap_or_default();
+            let number = port(behind).ok_or_else(|| format!("\"{behind}\" is not a port: 1 to 65535"))?;
             Ok((text.get(..i).unwrap_or_default(), Some(number)))
         }
         None => Ok((text, None)),
     }
+}
+
+/// A port, in digits.
+pub(crate) fn port(text: &str) -> Option<u16> {
+    text.parse().ok().filter(|port| *port > 0 && !text.starts_with('+'))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@
 
 mod allow;
 mod diagnostic;
+mod grammar;
 mod model;
 mod read;
 pub mod tier;
@@ -20,6 +21,7 @@ pub mod units;
 
 pub use allow::{Endpoint, Host, Scheme, Site};
 pub use diagnostic::{Diagnostic, Severity};
+pub use grammar::schema;
 pub use model::{
     Brane, Capability, Deterministic, Grant, Image, Ingress, KEYS, Lifecycle, Lifetime, Limits, Manifest, Resolution,
     Spanned,

@@ -2,30 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fmt::Write as _;
 use std::ops::Range;
-use std::time::Duration;
 
 use toml::Spanned as Toml;
 use toml::de::{DeTable, DeValue};
 
-use crate::allow::{Endpoint, Host, Site};
+use crate::allow::Host;
 use crate::diagnostic::{Diagnostic, Severity};
-use crate::model::{
-    Brane, Capability, Deterministic, Grant, Image, Ingress, KEYS, Lifecycle, Lifetime, Limits, Manifest, Resolution,
-    Spanned,
-};
-use crate::{MAX_BYTES, tier, units};
-
-const MAX_REPLICAS: u64 = 100_000;
-const MAX_DEADLINE: Duration = Duration::from_mins(5);
-/// What a 32-bit address can name.
-const MAX_MEMORY: u64 = 4 << 30;
-/// One page of WebAssembly.
-const MIN_MEMORY: u64 = 64 << 10;
-const DEFAULT_MEMORY: u64 = 64 << 20;
-const DEFAULT_BODY: u64 = 8 << 20;
-const DEFAULT_DEADLINE: Duration = Duration::from_secs(30);
+use crate::grammar::{self, Integer, Key, List, Only, Section, Text, Words};
+use crate::model::{Brane, Capability, Deterministic, Grant, Ingress, KEYS, Lifecycle, Limits, Manifest, Spanned};
+use crate::{MAX_BYTES, tier};
 
 /// Parses a manifest.
 ///
@@ -94,25 +80,24 @@ struct Reader<'s> {
 /// A table that is being read: what is not taken in the end is unknown.
 struct Table<'t> {
     entries: Vec<(&'t str, Range<usize>, &'t Toml<DeValue<'t>>)>,
-    known: Vec<&'static str>,
+    section: &'static Section,
     /// How it is called in messages: `[brane.fetch.limits]`.
     name: String,
     span: Range<usize>,
 }
 
 impl<'t> Table<'t> {
-    fn new(name: String, span: Range<usize>, table: &'t DeTable<'t>) -> Self {
+    fn new(section: &'static Section, name: String, span: Range<usize>, table: &'t DeTable<'t>) -> Self {
         let entry = |(key, value): (&'t Toml<_>, &'t Toml<DeValue<'t>>)| {
             let key: &'t Toml<std::borrow::Cow<'t, str>> = key;
             (key.get_ref().as_ref(), key.span(), value)
         };
-        Self { entries: table.iter().map(entry).collect(), known: Vec::new(), name, span }
+        Self { entries: table.iter().map(entry).collect(), section, name, span }
     }
 
     /// Takes a key that may be there.
-    fn take(&mut self, key: &'static str) -> Option<(Range<usize>, &'t Toml<DeValue<'t>>)> {
-        self.known.push(key);
-        let at = self.entries.iter().position(|(name, ..)| *name == key)?;
+    fn take<F>(&mut self, key: &Key<F>) -> Option<At<'t>> {
+        let at = self.entries.iter().position(|(name, ..)| *name == key.name)?;
         let (_, span, value) = self.entries.swap_remove(at);
         Some((span, value))
     }
@@ -125,7 +110,7 @@ impl<'t> Table<'t> {
                 format!("unknown key `{name}` in {}", self.name),
                 "not a key of this table",
             );
-            unknown.help = Some(did_you_mean(name, &self.known));
+            unknown.help = Some(did_you_mean(name, &self.section.names()));
             reader.wrong.push(unknown);
         }
     }
@@ -169,9 +154,15 @@ impl Reader<'_> {
         text
     }
 
-    fn table<'t>(&mut self, name: String, value: &'t Toml<DeValue<'t>>, help: &str) -> Option<Table<'t>> {
+    fn table<'t>(
+        &mut self,
+        section: &'static Section,
+        name: String,
+        value: &'t Toml<DeValue<'t>>,
+        help: &str,
+    ) -> Option<Table<'t>> {
         match value.get_ref() {
-            DeValue::Table(table) => Some(Table::new(name, value.span(), table)),
+            DeValue::Table(table) => Some(Table::new(section, name, value.span(), table)),
             _ => {
                 self.expected("a table", value, help);
                 None
@@ -179,8 +170,9 @@ impl Reader<'_> {
         }
     }
 
-    fn integer(&mut self, value: &Toml<DeValue<'_>>, range: Range<u64>, what: &str) -> Option<u64> {
-        let help = format!("{what} is a whole number from {} to {}", range.start, range.end - 1);
+    fn integer(&mut self, key: &Key<Integer>, value: &Toml<DeValue<'_>>) -> Option<u64> {
+        let (what, range) = (key.name, &key.form.range);
+        let help = format!("{what} is a whole number from {} to {}", range.start(), range.end());
         let DeValue::Integer(number) = value.get_ref() else {
             self.expected("a whole number", value, &help);
             return None;
@@ -192,27 +184,24 @@ impl Reader<'_> {
         parsed
     }
 
-    fn measured<T>(
-        &mut self,
-        value: &Toml<DeValue<'_>>,
-        read: fn(&str) -> Result<T, String>,
-        what: &str,
-        example: &str,
-    ) -> Option<T> {
-        let text = self.string(value, &format!("write a {what} in quotes, as in {example}"))?;
-        match read(text) {
+    fn text<T>(&mut self, form: &Text<T>, value: &Toml<DeValue<'_>>) -> Option<T> {
+        let examples: Vec<String> = form.examples.iter().map(|example| format!("\"{example}\"")).collect();
+        let what = form.what;
+        let text = self.string(value, &format!("write {what} in quotes, as in {}", examples.join(" or ")))?;
+        match (form.read)(text) {
             Ok(read) => Some(read),
             Err(help) => {
-                self.error(value.span(), format!("\"{text}\" is not a {what}"), format!("not a {what}"), help);
+                self.error(value.span(), format!("\"{text}\" is not {what}"), format!("not {what}"), help);
                 None
             }
         }
     }
 
-    fn word<T: Copy>(&mut self, value: &Toml<DeValue<'_>>, what: &str, words: &[(&'static str, T)]) -> Option<T> {
-        let known: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+    fn word<T: Copy>(&mut self, key: &Key<Words<T>>, value: &Toml<DeValue<'_>>) -> Option<T> {
+        let (what, words) = (key.name, key.form.words);
+        let known: Vec<&str> = words.iter().map(|(word, ..)| *word).collect();
         let text = self.string(value, &format!("{what} is one of {}", quoted(&known)))?;
-        let found = words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
+        let found = words.iter().find(|(word, ..)| *word == text).map(|(_, value, _)| *value);
         if found.is_none() {
             let help = did_you_mean(text, &known);
             self.error(value.span(), format!("\"{text}\" is no {what}"), format!("one of {}", quoted(&known)), help);
@@ -220,15 +209,15 @@ impl Reader<'_> {
         found
     }
 
-    fn list<T>(&mut self, value: &Toml<DeValue<'_>>, what: &str, read: fn(&str) -> Result<T, String>) -> Vec<T> {
+    fn list<T>(&mut self, List(form): &List<T>, value: &Toml<DeValue<'_>>) -> Vec<T> {
         let DeValue::Array(array) = value.get_ref() else {
             self.expected("a list", value, "write a list of strings: [\"…\", \"…\"]");
             return Vec::new();
         };
-        let mut all = Vec::new();
+        let (what, mut all) = (form.what, Vec::new());
         for item in array {
             let Some(text) = self.string(item, &format!("{what} is a string")) else { continue };
-            match read(text) {
+            match (form.read)(text) {
                 Ok(read) => all.push(read),
                 Err(help) => self.error(item.span(), format!("\"{text}\" is not {what}"), "not allowed here", help),
             }
@@ -240,12 +229,13 @@ impl Reader<'_> {
 
     fn manifest(&mut self, document: &DeTable<'_>) -> Manifest {
         let whole = 0..self.source.len();
-        let mut root = Table::new("the file".into(), whole, document);
+        let mut root = Table::new(&grammar::FILE, "the file".into(), whole, document);
         let mut branes = Vec::new();
-        if let Some((_, value)) = root.take("brane")
-            && let Some(mut table) = self.table("[brane]".into(), value, "branes are tables: [brane.fetch]")
+        if let Some((_, value)) = root.take(&grammar::BRANE)
+            && let Some(mut table) =
+                self.table(&grammar::ALL, "[brane]".into(), value, "branes are tables: [brane.fetch]")
         {
-            let fallback = table.take("execution").and_then(|(_, value)| self.default_execution(value));
+            let fallback = table.take(&grammar::ALL_EXECUTION).and_then(|(_, value)| self.default_execution(value));
             for (name, span, value) in std::mem::take(&mut table.entries) {
                 branes.extend(self.brane(name, span, value, fallback));
             }
@@ -259,9 +249,9 @@ impl Reader<'_> {
     fn default_execution(&mut self, value: &Toml<DeValue<'_>>) -> Option<Deterministic> {
         let help =
             "[brane.execution.deterministic] sets the default for every brane of the file; a brane needs another name";
-        let mut table = self.table("[brane.execution]".into(), value, help)?;
+        let mut table = self.table(&grammar::DEFAULT_EXECUTION, "[brane.execution]".into(), value, help)?;
         let deterministic = table
-            .take("deterministic")
+            .take(&grammar::ALL_DETERMINISTIC)
             .and_then(|(_, value)| self.deterministic("[brane.execution.deterministic]", value));
         for (name, span, _) in std::mem::take(&mut table.entries) {
             self.error(span, format!("`{name}` cannot stand in [brane.execution]"), "only `deterministic` can", help);
@@ -276,26 +266,25 @@ impl Reader<'_> {
         value: &Toml<DeValue<'_>>,
         fallback: Option<Deterministic>,
     ) -> Option<Brane> {
-        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        if name.is_empty() || name.len() > 48 || !name.bytes().all(plain) {
-            self.error(
-                span.clone(),
-                format!("`{name}` cannot be a brane's name"),
-                "not a name",
-                "1 to 48 of a-z, 0-9 and -",
-            );
+        if let Err(help) = (grammar::BRANE.form.name.read)(name) {
+            self.error(span.clone(), format!("`{name}` cannot be a brane's name"), "not a name", help);
         }
-        let mut table = self.table(format!("[brane.{name}]"), value, "a brane is a table: [brane.fetch]")?;
-        if let Some((_, value)) = table.take("substrate") {
-            self.only(value, "gaia", "substrate", "this is gaia: remove the line, or write \"gaia\"");
+        let mut table = self.table(
+            grammar::BRANE.form.each,
+            format!("[brane.{name}]"),
+            value,
+            "a brane is a table: [brane.fetch]",
+        )?;
+        if let Some((_, value)) = table.take(&grammar::SUBSTRATE) {
+            self.only(&grammar::SUBSTRATE, value, "this is gaia: remove the line, or write \"gaia\"");
         }
-        if let Some((_, value)) = table.take("tier") {
-            self.only(value, "standard", "tier", "Standard (WASM) is the only tier of this substrate: \"standard\"");
+        if let Some((_, value)) = table.take(&grammar::TIER) {
+            self.only(&grammar::TIER, value, "Standard (WASM) is the only tier of this substrate: \"standard\"");
         }
-        let image = match table.take("image") {
+        let image = match table.take(&grammar::IMAGE) {
             Some((_, value)) => {
                 self.string(value, "an image is a name in the store, or a file: \"file:./x.wasm\"").and_then(|text| {
-                    let image = image(text);
+                    let image = (grammar::IMAGE.form.read)(text);
                     if let Err(help) = &image {
                         self.error(value.span(), format!("\"{text}\" is not an image"), "not an image", help.clone());
                     }
@@ -308,19 +297,18 @@ impl Reader<'_> {
                 None
             }
         };
-        let replicas =
-            table.take("replicas").and_then(|(_, value)| self.integer(value, 1..MAX_REPLICAS + 1, "replicas"));
-        let ingress = self.ingress(name, &span, table.take("ingress"));
-        let capability = table.take("capability");
+        let replicas = table.take(&grammar::REPLICAS).and_then(|(_, value)| self.integer(&grammar::REPLICAS, value));
+        let ingress = self.ingress(name, &span, table.take(&grammar::INGRESS));
+        let capability = table.take(&grammar::CAPABILITY);
         let grants = capability.as_ref().map_or_else(|| span.clone(), |(key, _)| key.clone());
         let capabilities = capability.map(|(_, value)| self.capabilities(name, value)).unwrap_or_default();
-        let limits = self.limits(name, &span, table.take("limits").as_ref());
-        let (lifecycle, own) = self.execution(name, table.take("execution").as_ref());
+        let limits = self.limits(name, &span, table.take(&grammar::LIMITS).as_ref());
+        let (lifecycle, own) = self.execution(name, table.take(&grammar::EXECUTION).as_ref());
         table.end(self);
         Some(Brane {
             name: Spanned { value: name.to_owned(), span },
             image: image?,
-            replicas: replicas.and_then(|r| u32::try_from(r).ok()).unwrap_or(1),
+            replicas: u32::try_from(replicas.unwrap_or(grammar::REPLICAS.form.default)).unwrap_or(u32::MAX),
             ingress,
             capabilities,
             grants,
@@ -330,9 +318,10 @@ impl Reader<'_> {
         })
     }
 
-    fn only(&mut self, value: &Toml<DeValue<'_>>, word: &str, what: &str, help: &str) {
+    fn only(&mut self, key: &Key<Only>, value: &Toml<DeValue<'_>>, help: &str) {
+        let (what, Only(word)) = (key.name, &key.form);
         match self.string(value, help) {
-            Some(text) if text != word => {
+            Some(text) if text != *word => {
                 self.error(
                     value.span(),
                     format!("\"{text}\" is not a {what} of this appliance"),
@@ -348,17 +337,20 @@ impl Reader<'_> {
         let mut ingress = Ingress { host: None, path: format!("/{name}"), span: at.clone() };
         let Some((span, value)) = entry else { return ingress };
         ingress.span = span;
-        let Some(mut table) =
-            self.table(format!("[brane.{name}.ingress]"), value, "ingress = { host = \"…\", path = \"/…\" }")
-        else {
+        let Some(mut table) = self.table(
+            grammar::INGRESS.form.0,
+            format!("[brane.{name}.ingress]"),
+            value,
+            "ingress = { host = \"…\", path = \"/…\" }",
+        ) else {
             return ingress;
         };
-        if let Some((_, value)) = table.take("host") {
-            ingress.host = self.measured(value, Host::parse, "host", "\"fetch.example.org\" or \"*.example.org\"");
+        if let Some((_, value)) = table.take(&grammar::HOST) {
+            ingress.host = self.text(&grammar::HOST.form, value);
             ingress.span = value.span();
         }
-        if let Some((_, value)) = table.take("path")
-            && let Some(path) = self.measured(value, path, "path", "\"/fetch\"")
+        if let Some((_, value)) = table.take(&grammar::PATH)
+            && let Some(path) = self.text(&grammar::PATH.form, value)
         {
             ingress.path = path;
             ingress.span = value.span();
@@ -370,22 +362,26 @@ impl Reader<'_> {
     fn limits(&mut self, name: &str, at: &Range<usize>, entry: Option<&At<'_>>) -> Limits {
         let mut limits = Limits {
             cpu_quota: None,
-            mem_max: Spanned { value: DEFAULT_MEMORY, span: at.clone() },
-            deadline: DEFAULT_DEADLINE,
-            body_max: DEFAULT_BODY,
+            mem_max: Spanned { value: grammar::MEM_MAX.form.default, span: at.clone() },
+            deadline: grammar::DEADLINE.form.default,
+            body_max: grammar::BODY_MAX.form.default,
         };
         let Some((_, value)) = entry else { return limits };
-        let Some(mut table) = self.table(format!("[brane.{name}.limits]"), value, "limits = { mem_max = \"64 MiB\" }")
-        else {
+        let Some(mut table) = self.table(
+            grammar::LIMITS.form.0,
+            format!("[brane.{name}.limits]"),
+            value,
+            "limits = { mem_max = \"64 MiB\" }",
+        ) else {
             return limits;
         };
-        if let Some((_, value)) = table.take("cpu_quota") {
+        if let Some((_, value)) = table.take(&grammar::CPU_QUOTA) {
             limits.cpu_quota = self.quota(value).map(|quota| Spanned { value: quota, span: value.span() });
         }
-        if let Some((_, value)) = table.take("mem_max")
-            && let Some(size) = self.measured(value, units::size, "size", "\"64 MiB\"")
+        if let Some((_, value)) = table.take(&grammar::MEM_MAX)
+            && let Some(size) = self.text(&grammar::MEM_MAX.form.text, value)
         {
-            if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) {
+            if !grammar::MEM_MAX.form.range.contains(&size) {
                 self.error(
                     value.span(),
                     "mem_max is out of range",
@@ -395,16 +391,16 @@ impl Reader<'_> {
             }
             limits.mem_max = Spanned { value: size, span: value.span() };
         }
-        if let Some((_, value)) = table.take("deadline")
-            && let Some(deadline) = self.measured(value, units::duration, "duration", "\"8s\"")
+        if let Some((_, value)) = table.take(&grammar::DEADLINE)
+            && let Some(deadline) = self.text(&grammar::DEADLINE.form.text, value)
         {
-            if deadline.is_zero() || deadline > MAX_DEADLINE {
+            if !grammar::DEADLINE.form.range.contains(&deadline) {
                 self.error(value.span(), "deadline is out of range", "not in range", "more than 0 and at most 5m");
             }
             limits.deadline = deadline;
         }
-        if let Some((_, value)) = table.take("body_max")
-            && let Some(size) = self.measured(value, units::size, "size", "\"8 MiB\"")
+        if let Some((_, value)) = table.take(&grammar::BODY_MAX)
+            && let Some(size) = self.text(&grammar::BODY_MAX.form.text, value)
         {
             limits.body_max = size;
         }
@@ -431,24 +427,32 @@ impl Reader<'_> {
 
     fn execution(&mut self, name: &str, entry: Option<&At<'_>>) -> (Lifecycle, Option<Deterministic>) {
         let Some((_, value)) = entry else { return (Lifecycle::default(), None) };
-        let Some(mut table) =
-            self.table(format!("[brane.{name}.execution]"), value, "execution = { lifecycle = \"pooled\" }")
-        else {
+        let Some(mut table) = self.table(
+            grammar::EXECUTION.form.0,
+            format!("[brane.{name}.execution]"),
+            value,
+            "execution = { lifecycle = \"pooled\" }",
+        ) else {
             return (Lifecycle::default(), None);
         };
-        let words = [("ephemeral", Lifecycle::Ephemeral), ("pooled", Lifecycle::Pooled), ("pinned", Lifecycle::Pinned)];
-        let lifecycle = table.take("lifecycle").and_then(|(_, value)| self.word(value, "lifecycle", &words));
+        let lifecycle = table.take(&grammar::LIFECYCLE).and_then(|(_, value)| self.word(&grammar::LIFECYCLE, value));
         let title = format!("[brane.{name}.execution.deterministic]");
-        let deterministic = table.take("deterministic").and_then(|(_, value)| self.deterministic(&title, value));
+        let deterministic =
+            table.take(&grammar::ITS_DETERMINISTIC).and_then(|(_, value)| self.deterministic(&title, value));
         table.end(self);
         (lifecycle.unwrap_or_default(), deterministic)
     }
 
     fn deterministic(&mut self, title: &str, value: &Toml<DeValue<'_>>) -> Option<Deterministic> {
-        let mut table = self.table(title.to_owned(), value, "opt in by naming the table, with or without seed = 42")?;
-        let seed = table.take("seed").and_then(|(_, value)| self.integer(value, 0..i64::MAX.cast_unsigned(), "seed"));
+        let mut table = self.table(
+            &grammar::DETERMINISTIC,
+            title.to_owned(),
+            value,
+            "opt in by naming the table, with or without seed = 42",
+        )?;
+        let seed = table.take(&grammar::SEED).and_then(|(_, value)| self.integer(&grammar::SEED, value));
         table.end(self);
-        Some(Deterministic { seed: seed.unwrap_or(0) })
+        Some(Deterministic { seed: seed.unwrap_or(grammar::SEED.form.default) })
     }
 
     /// Two branes for the same requests: only one of them could ever get any.
@@ -476,36 +480,37 @@ impl Reader<'_> {
     // ── capabilities ─────────────────────────────────────────────────────────────────────────────────────────────
 
     fn capabilities(&mut self, brane: &str, value: &Toml<DeValue<'_>>) -> Vec<Grant> {
-        let Some(mut table) = self.table(
-            format!("[brane.{brane}.capability]"),
-            value,
-            "capabilities are a table: \"clock\" = { resolution = \"ms\" }",
-        ) else {
+        let help = "capabilities are a table: \"clock\" = { resolution = \"ms\" }";
+        let Some(mut table) =
+            self.table(grammar::CAPABILITY.form.0, format!("[brane.{brane}.capability]"), value, help)
+        else {
             return Vec::new();
         };
         let mut all = Vec::new();
         for (key, span, value) in std::mem::take(&mut table.entries) {
             let title = format!("capability \"{key}\" of [brane.{brane}]");
             let capability = match key {
-                "net.http" => self
-                    .allowlist(title, value, "an entry such as \"api.example.org\"", Site::parse)
-                    .map(Capability::Http),
-                "net.dns" => {
-                    self.allowlist(title, value, "a host such as \"example.org\"", Host::parse).map(Capability::Dns)
+                k if k == grammar::NET_HTTP.name => {
+                    self.allowlist(&grammar::NET_HTTP, &grammar::SITE_LIST, title, value).map(Capability::Http)
                 }
-                "net.tcp" => self
-                    .allowlist(title, value, "an endpoint such as \"db.example.org:5432\"", Endpoint::parse)
-                    .map(Capability::Tcp),
-                "net.udp" => self
-                    .allowlist(title, value, "an endpoint such as \"ntp.example.org:123\"", Endpoint::parse)
-                    .map(Capability::Udp),
-                "fs.tmp" => self.tmp(title, value),
-                "clock" => self.clock(title, value),
-                "random" => self.table(title, value, "\"random\" = {}").map(|table| {
-                    table.end(self);
-                    Capability::Random
-                }),
-                "env" => self.env(&title, value),
+                k if k == grammar::NET_DNS.name => {
+                    self.allowlist(&grammar::NET_DNS, &grammar::HOST_LIST, title, value).map(Capability::Dns)
+                }
+                k if k == grammar::NET_TCP.name => {
+                    self.allowlist(&grammar::NET_TCP, &grammar::TCP_LIST, title, value).map(Capability::Tcp)
+                }
+                k if k == grammar::NET_UDP.name => {
+                    self.allowlist(&grammar::NET_UDP, &grammar::UDP_LIST, title, value).map(Capability::Udp)
+                }
+                k if k == grammar::FS_TMP.name => self.tmp(title, value),
+                k if k == grammar::CLOCK.name => self.clock(title, value),
+                k if k == grammar::RANDOM.name => {
+                    self.table(grammar::RANDOM.form.0, title, value, "\"random\" = {}").map(|table| {
+                        table.end(self);
+                        Capability::Random
+                    })
+                }
+                k if k == grammar::ENV.name => self.env(&title, value),
                 unknown => {
                     let dotted = value
                         .get_ref()
@@ -528,14 +533,14 @@ impl Reader<'_> {
 
     fn allowlist<T>(
         &mut self,
+        capability: &Key<grammar::Table>,
+        key: &Key<List<T>>,
         title: String,
         value: &Toml<DeValue<'_>>,
-        what: &str,
-        read: fn(&str) -> Result<T, String>,
     ) -> Option<Vec<T>> {
-        let mut table = self.table(title, value, "{ allowlist = [\"…\"] }")?;
-        let list = match table.take("allowlist") {
-            Some((_, value)) => Some(self.list(value, what, read)),
+        let mut table = self.table(capability.form.0, title, value, "{ allowlist = [\"…\"] }")?;
+        let list = match table.take(key) {
+            Some((_, value)) => Some(self.list(&key.form, value)),
             None => {
                 let message = format!("{} has no allowlist", table.name);
                 self.error(
@@ -552,31 +557,24 @@ impl Reader<'_> {
     }
 
     fn tmp(&mut self, title: String, value: &Toml<DeValue<'_>>) -> Option<Capability> {
-        let mut table = self.table(title, value, "\"fs.tmp\" = { quota = \"256 MiB\" }")?;
-        let quota = match table.take("quota") {
-            Some((_, value)) => self.measured(value, units::size, "size", "\"256 MiB\""),
+        let mut table = self.table(grammar::FS_TMP.form.0, title, value, "\"fs.tmp\" = { quota = \"256 MiB\" }")?;
+        let quota = match table.take(&grammar::QUOTA) {
+            Some((_, value)) => self.text(&grammar::QUOTA.form, value),
             None => {
                 let message = format!("{} has no quota", table.name);
                 self.error(table.span.clone(), message, "no `quota`", "say how much it may hold: quota = \"256 MiB\"");
                 None
             }
         };
-        let words = [("request", Lifetime::Request), ("instance", Lifetime::Instance)];
-        let lifetime = table.take("lifetime").and_then(|(_, value)| self.word(value, "lifetime", &words));
+        let lifetime = table.take(&grammar::LIFETIME).and_then(|(_, value)| self.word(&grammar::LIFETIME, value));
         table.end(self);
         Some(Capability::Tmp { quota: quota?, lifetime: lifetime.unwrap_or_default() })
     }
 
     fn clock(&mut self, title: String, value: &Toml<DeValue<'_>>) -> Option<Capability> {
-        let mut table = self.table(title, value, "\"clock\" = { resolution = \"ms\" }")?;
-        let words = [
-            ("s", Resolution::Seconds),
-            ("ms", Resolution::Milliseconds),
-            ("us", Resolution::Microseconds),
-            ("ns", Resolution::Nanoseconds),
-        ];
-        let resolution = match table.take("resolution") {
-            Some((_, value)) => self.word(value, "resolution", &words),
+        let mut table = self.table(grammar::CLOCK.form.0, title, value, "\"clock\" = { resolution = \"ms\" }")?;
+        let resolution = match table.take(&grammar::RESOLUTION) {
+            Some((_, value)) => self.word(&grammar::RESOLUTION, value),
             None => {
                 let message = format!("{} has no resolution", table.name);
                 self.error(
@@ -594,21 +592,28 @@ impl Reader<'_> {
 
     fn env(&mut self, title: &str, value: &Toml<DeValue<'_>>) -> Option<Capability> {
         let help = "\"env\" = { vars = { MODE = \"fast\" }, secrets = [\"API_KEY\"] }";
-        let mut table = self.table(title.to_owned(), value, help)?;
+        let mut table = self.table(grammar::ENV.form.0, title.to_owned(), value, help)?;
         let mut vars = BTreeMap::new();
-        if let Some((_, value)) = table.take("vars")
-            && let Some(mut inner) = self.table(format!("vars of {title}"), value, help)
-        {
-            for (name, span, value) in std::mem::take(&mut inner.entries) {
-                if let Err(help) = variable(name) {
-                    self.error(span, format!("\"{name}\" is not a variable's name"), "not a name", help);
-                } else if let Some(text) = self.string(value, "a variable's value is a string") {
-                    vars.insert(name.to_owned(), text.to_owned());
+        match table.take(&grammar::VARS).map(|(_, value)| (value, value.get_ref())) {
+            Some((_, DeValue::Table(inner))) => {
+                for (name, value) in inner {
+                    match (grammar::VARS.form.0.read)(name.get_ref()) {
+                        Err(help) => {
+                            let message = format!("\"{}\" is not {}", name.get_ref(), grammar::VARS.form.0.what);
+                            self.error(name.span(), message, "not a name", help);
+                        }
+                        Ok(name) => {
+                            let text = self.string(value, "a variable's value is a string");
+                            vars.extend(text.map(|text| (name, text.to_owned())));
+                        }
+                    }
                 }
             }
+            Some((value, _)) => self.expected("a table", value, help),
+            None => {}
         }
         let secrets =
-            table.take("secrets").map(|(_, value)| (value.span(), self.list(value, "a variable's name", variable)));
+            table.take(&grammar::SECRETS).map(|(_, value)| (value.span(), self.list(&grammar::SECRETS.form, value)));
         table.end(self);
         let (span, secrets) = secrets.unwrap_or_default();
         for name in secrets.iter().filter(|name| vars.contains_key(*name)) {
@@ -621,71 +626,4 @@ impl Reader<'_> {
         }
         Some(Capability::Env { vars, secrets })
     }
-}
-
-fn variable(name: &str) -> Result<String, String> {
-    let mut bytes = name.bytes();
-    let first = bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
-    let good = first && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') && name.len() <= 255;
-    good.then(|| name.to_owned())
-        .ok_or_else(|| "letters, digits and underscores, no digit in front, as in \"API_KEY\"".to_owned())
-}
-
-fn path(text: &str) -> Result<String, String> {
-    if !text.starts_with('/') {
-        return Err("a path begins with /, as in \"/fetch\"".into());
-    }
-    let unreserved = |b: u8| b.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@%".contains(&b);
-    if let Some(bad) = text.chars().find(|c| !c.is_ascii() || !unreserved(u8::try_from(*c).unwrap_or(b' '))) {
-        let mut help = "a request's path never has this: ".to_owned();
-        let _ = write!(help, "{bad:?}");
-        return Err(help);
-    }
-    if text.contains("//") || text.split('/').any(|s| s == "." || s == "..") {
-        return Err("no empty segment, no . and no ..".into());
-    }
-    Ok(text.to_owned())
-}
-
-fn image(text: &str) -> Result<Image, String> {
-    if let Some(path) = text.strip_prefix("file:") {
-        let plain = path.strip_prefix("./").unwrap_or(path);
-        let good = !plain.is_empty()
-            && !path.starts_with('/')
-            && !path.contains('\0')
-            && plain.split('/').all(|s| !s.is_empty() && s != "..");
-        return good
-            .then(|| Image::File(path.to_owned()))
-            .ok_or_else(|| "a file beside or below the manifest: \"file:./x.wasm\"".to_owned());
-    }
-    let (rest, digest) = match text.split_once('@') {
-        None => (text, None),
-        Some((rest, digest)) => {
-            let hex = digest
-                .strip_prefix("sha256:")
-                .filter(|h| h.len() == 64 && h.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)));
-            (rest, Some(hex.ok_or("a digest is @sha256: and 64 hexadecimal digits in lower case")?.to_owned()))
-        }
-    };
-    // A colon behind the last slash parts the tag; one before it is a registry's port.
-    let slash = rest.rfind('/').map_or(0, |i| i + 1);
-    let (repository, tag) = match rest.get(slash..).and_then(|last| last.split_once(':')) {
-        Some((last, tag)) => (rest.get(..slash + last.len()).unwrap_or_default(), Some(tag)),
-        None => (rest, None),
-    };
-    let tag_byte = |b: u8| b.is_ascii_alphanumeric() || b"_.-".contains(&b);
-    if tag.is_some_and(|t| t.is_empty() || t.len() > 128 || !t.bytes().all(tag_byte) || t.starts_with(['.', '-'])) {
-        return Err("a tag has letters, digits, _, . and -, as in \"omega/cloud-fetch:2.4.1\"".into());
-    }
-    let segment = |s: &str| {
-        !s.is_empty() && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
-    };
-    let mut segments = repository.split('/');
-    let first = segments.next().unwrap_or_default();
-    let registry = first.rsplit_once(':').is_some_and(|(host, port)| segment(host) && port.parse::<u16>().is_ok())
-        && repository.contains('/');
-    if !(segment(first) || registry) || !segments.all(segment) {
-        return Err("a name of lower-case letters and digits with / between its parts, as in \"omega/cloud-fetch:2.4.1\"; a file is \"file:./x.wasm\"".into());
-    }
-    Ok(Image::Name { repository: repository.to_owned(), tag: tag.map(str::to_owned), digest })
 }

@@ -57,10 +57,11 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 }
 
 fn number_and_unit(text: &str) -> Option<(u64, &str)> {
-    let text = text.trim();
+    let blank = [' ', '\t'];
+    let text = text.trim_matches(blank);
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
-    Some((number.parse().ok()?, unit.trim_start()))
+    Some((number.parse().ok()?, unit.trim_start_matches(blank)))
 }
 
 #[cfg(test)]

@@ -45,6 +45,18 @@ fn every_wrong_manifest_is_told_what_to_write_instead() {
 }
 
 #[test]
+fn the_schema_for_editors_is_that_of_the_parser() {
+    let (file, printed) = ("zgraph.schema.json", gaia_manifest::schema());
+    if std::env::var_os("GAIA_GOLDEN").is_some() {
+        fs::write(file, &printed).unwrap();
+    }
+    assert!(
+        fs::read_to_string(file).unwrap_or_default() == printed,
+        "{file} is out of date: GAIA_GOLDEN=write renews it"
+    );
+}
+
+#[test]
 fn the_seeds_manifest_loads_byte_for_byte() {
     let seed = include_bytes!("right/seed.zgraph.toml");
     let manifest = gaia_manifest::parse(std::str::from_utf8(seed).unwrap()).unwrap();
