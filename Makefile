@@ -49,6 +49,12 @@ TOOLS  := gaia gaia-image gaia-qemu gaia-debug
 GUESTS := $(filter-out lib build,$(notdir $(basename $(wildcard tests/branes/*.rs))))
 BRANES := $(foreach guest,$(GUESTS),out/branes/$(subst _,-,$(guest)).wasm)
 
+# Fuzz targets are for this machine itself, and compiled with flags of their own: so in a target directory of their own.
+FUZZERS   := manifest allow settings wire
+FUZZ_RUNS := $(if $(T),$(T),$(FUZZERS))
+FUZZ_ENV  := CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)-fuzz RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/fuzz/rustc.sh
+FUZZ      := -p gaia-fuzz --target x86_64-unknown-linux-gnu
+
 # $(call take,ARGUMENTS,FROM TO FROM TO …): builds with cargo, then copies what changed. Both under one lock, because
 # in the shared cache a binary without a hash in its name belongs to whoever built last.
 take = mkdir -p $(CACHE) out/bin out/branes && flock $(CARGO_TARGET_DIR).lock $(SHELL) $(.SHELLFLAGS) '\
@@ -90,11 +96,15 @@ test: ## everything: checks, images, and the tests that boot them; prints the se
 	echo '=== times'; printf '%s' "$$report"
 
 .PHONY: check
-check: setup tracked fmt deny clippy unit doc ## everything that needs no virtual machine
+check: setup tracked fmt deny clippy unit doc fuzz-short ## everything that needs no virtual machine
 
 .PHONY: it
 it: named ready image test-image ## run one test that boots the appliance: T=name
 	@cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture $(T)
+
+.PHONY: fuzz
+fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser: T=manifest, allow, settings or wire; SECONDS=600
+	@for target in $(FUZZ_RUNS); do tests/fuzz/run.sh $$target $(or $(SECONDS),600) $(CACHE)/fuzz/$$target; done
 
 .PHONY: bench
 bench: setup image test-image ## measure: the tests named bench_, which `make test` leaves out
@@ -140,6 +150,7 @@ clippy:
 	@cargo clippy $(FLAGS) -p gaia-init --features debug-role --all-targets -- -D warnings
 	@cargo clippy $(FLAGS) -p gaia-branes --all-targets --target wasm32-wasip2 -- -D warnings
 	@cargo clippy $(FLAGS) -p gaia-schema --all-targets -- -D warnings
+	@$(FUZZ_ENV) cargo clippy $(FLAGS) $(FUZZ) -- -D warnings
 
 .PHONY: unit
 unit:
@@ -147,6 +158,11 @@ unit:
 	@cargo test $(FLAGS) --doc
 	@cargo test $(FLAGS) -p gaia-branes --lib
 	@cargo test $(FLAGS) -p gaia-schema --test schema
+
+# From the same seeds and the same number of chance each time.
+.PHONY: fuzz-short
+fuzz-short: $(FUZZERS:%=out/bin/fuzz-%)
+	@for target in $(FUZZERS); do tests/fuzz/run.sh $$target 10; done
 
 .PHONY: doc
 doc:
@@ -182,6 +198,9 @@ $(TOOLS:%=out/bin/%) &: always
 
 $(BRANES) &: always
 	@$(call take,-p gaia-branes --examples --target wasm32-wasip2,$(foreach guest,$(GUESTS),$(GUESTS_BUILT)/$(guest).wasm out/branes/$(subst _,-,$(guest)).wasm))
+
+$(FUZZERS:%=out/bin/fuzz-%) &: always
+	@export $(FUZZ_ENV); $(call take,$(FUZZ) --bins,$(foreach target,$(FUZZERS),$(CARGO_TARGET_DIR)-fuzz/x86_64-unknown-linux-gnu/release/$(target) out/bin/fuzz-$(target)))
 
 # The tool knows by itself whether the kernel it built before still is the one that is asked for.
 out/bzImage out/kernel.config &: always out/bin/gaia-image

@@ -29,6 +29,7 @@ readonly PACKAGES_RUN=(
 # No libssl-dev: the kernel signs nothing and holds no certificate. No cpio, pahole or kmod: the initramfs is written by
 # gaia-image, and there is neither BTF nor a module.
 readonly PACKAGES_CHECK=(
+    g++  # libFuzzer, which drives the fuzz targets
     curl # the request a person makes
     wrk  # the load that `make bench` makes
 )
