@@ -64,10 +64,18 @@ impl fmt::Display for Cores {
     }
 }
 
-/// Writes core numbers as the kernel's list format does for single cores: `1,2,3`.
+/// Writes core numbers in the kernel's list format, neighbours as ranges: `0-3,5`.
 #[must_use]
 pub fn list(cores: &[usize]) -> String {
-    cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+    let mut parts: Vec<(usize, usize)> = Vec::new();
+    for core in cores {
+        match parts.last_mut() {
+            Some((_, last)) if *core == *last + 1 => *last = *core,
+            _ => parts.push((*core, *core)),
+        }
+    }
+    let part = |(from, to)| if from == to { format!("{from}") } else { format!("{from}-{to}") };
+    parts.into_iter().map(part).collect::<Vec<_>>().join(",")
 }
 
 /// Parses the kernel's list format (`0-3,5`), as in `/sys/devices/system/cpu/online`.
@@ -106,6 +114,12 @@ mod tests {
         assert_eq!(Cores::divide(&[0, 1]).stand_in(0), Some(1));
         assert_eq!(Cores::divide(&[0, 1, 2, 3]).stand_in(1), Some(3));
         assert_eq!(Cores::divide(&[0, 1, 2, 3]).stand_in(0), None, "housekeeping has no worker");
+    }
+
+    #[test]
+    fn neighbours_are_written_as_ranges() {
+        assert_eq!(list(&[]), "");
+        assert_eq!(list(&[1, 2, 3, 5, 7, 8]), "1-3,5,7-8");
     }
 
     #[test]

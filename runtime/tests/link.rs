@@ -64,8 +64,7 @@ fn built(text: &str) -> Vec<u8> {
 
 fn manifest(grants: &[&str]) -> Manifest {
     let grants: Vec<&str> = grants.iter().map(|key| review::smallest(key)).collect();
-    let text =
-        format!("[brane.fetch]\nimage = \"file:./f.wasm\"\n\n[brane.fetch.capability]\n{}\n", grants.join("\n"));
+    let text = format!("[brane.fetch]\nimage = \"file:./f.wasm\"\n\n[brane.fetch.capability]\n{}\n", grants.join("\n"));
     gaia_manifest::parse(&text).unwrap_or_else(|wrong| panic!("{text}\n{wrong:?}"))
 }
 

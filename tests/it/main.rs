@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "everything here is a test, also what the tests share")]
 
 mod boot;
+mod capabilities;
 mod image;
 mod memory;
 mod requests;
