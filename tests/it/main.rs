@@ -5,6 +5,7 @@
 
 mod boot;
 mod capabilities;
+mod hostile;
 mod image;
 mod memory;
 mod requests;
