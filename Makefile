@@ -27,6 +27,12 @@ CPUS     ?= 2
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gaia
 # One target directory for each compiler, shared by all clones: Wasmtime takes minutes, and once is enough.
 export CARGO_TARGET_DIR := $(CACHE)/target-$(or $(shell rustc -vV 2>/dev/null | sed -n 's/^commit-hash: \(.\{9\}\).*/\1/p'),unknown)
+# To cargo, two clones are one: it knows the crates of a workspace by their place in it, and what is out of date by time. So
+# after another clone has built here, all files of this one are made new.
+ifneq ($(shell cat $(CARGO_TARGET_DIR)/clone 2>/dev/null),$(CURDIR))
+$(shell mkdir -p $(CARGO_TARGET_DIR) && find . \( -path ./out -o -path ./.git \) -prune -o -type f -exec touch {} + && \
+	printf %s '$(CURDIR)' >$(CARGO_TARGET_DIR)/clone)
+endif
 # No path of the machine that built it gets into a binary. Cargo compiles everything anew when these flags differ, so
 # the clone's own path may not stand here; it need not, because cargo names the workspace's files relative to its root.
 REMAP := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo --remap-path-prefix=$(CARGO_TARGET_DIR)=/target
@@ -50,7 +56,7 @@ GUESTS := $(filter-out lib build,$(notdir $(basename $(wildcard tests/branes/*.r
 BRANES := $(foreach guest,$(GUESTS),out/branes/$(subst _,-,$(guest)).wasm)
 
 # Fuzz targets are for this machine itself, and compiled with flags of their own: so in a target directory of their own.
-FUZZERS   := manifest allow settings wire
+FUZZERS   := manifest allow settings wire files sites answers
 FUZZ_RUNS := $(if $(T),$(T),$(FUZZERS))
 FUZZ_ENV  := CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)-fuzz RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/fuzz/rustc.sh
 FUZZ      := -p gaia-fuzz --target x86_64-unknown-linux-gnu
@@ -103,7 +109,7 @@ it: named ready image test-image ## run one test that boots the appliance: T=nam
 	@cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture $(T)
 
 .PHONY: fuzz
-fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser: T=manifest, allow, settings or wire; SECONDS=600
+fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser: T=manifest, allow, settings, wire, files, sites, answers; SECONDS=600
 	@for target in $(FUZZ_RUNS); do tests/fuzz/run.sh $$target $(or $(SECONDS),600) $(CACHE)/fuzz/$$target; done
 
 .PHONY: bench
@@ -162,7 +168,7 @@ unit:
 # From the same seeds and the same number of chance each time.
 .PHONY: fuzz-short
 fuzz-short: $(FUZZERS:%=out/bin/fuzz-%)
-	@for target in $(FUZZERS); do tests/fuzz/run.sh $$target 10; done
+	@for target in $(FUZZERS); do tests/fuzz/run.sh $$target 7; done
 
 .PHONY: doc
 doc:

@@ -27,8 +27,13 @@ manifest)
     awk '/^```$/ && on { exit } on { print } /^```toml$/ { on = 1 }' docs/manifest.md | sed 's/ *#.*//' >"$scratch/documented"
     ;;
 settings) seeds=(examples/gaia.toml) ;;
-allow) length=320 ;;
+allow | sites) length=320 ;;
+answers) length=512 ;;
+files) length=4096 ;;
 esac
+# Words that are put into inputs, where it is words that they are made of.
+words=()
+[[ ! -e tests/fuzz/$target.dict ]] || words=("-dict=tests/fuzz/$target.dict")
 
 begin=()
 ((${#seeds[@]} == 0)) || begin=("-seed_inputs=$(IFS=,; echo "${seeds[*]}")")
@@ -37,7 +42,7 @@ readonly log=out/fuzz/$target.log
 rm -f "out/fuzz/$target-"*
 # A target takes microseconds: five seconds are a loop, and a gigabyte is a leak.
 if "$program" -seed=1 -mutate_depth=2 -max_total_time="$seconds" -max_len="$length" -timeout=5 -rss_limit_mb=1024 -print_final_stats=1 \
-    -dict="tests/fuzz/$target.dict" -artifact_prefix="out/fuzz/$target-" "${begin[@]}" "$corpus" &>"$log"; then
+    -artifact_prefix="out/fuzz/$target-" "${words[@]}" "${begin[@]}" "$corpus" &>"$log"; then
     covered=$(grep -oE 'cov: [0-9]+' "$log" | tail -n 1)
     printf 'fuzz: %-8s %8d inputs, %5d branches\n' "$target" \
         "$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")" "${covered#cov: }"

@@ -2,6 +2,8 @@
 //! under the interface and given the time that the guest may know.
 
 mod host;
+#[cfg(test)]
+mod same;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
