@@ -171,6 +171,18 @@ impl Shared {
         let connections = Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)));
         Ok(Arc::new(Self { resolver, tls, kept: Arc::default(), most_kept: kept, connections }))
     }
+
+    /// The same connections, trust and bounds, but names are resolved by another: by a brane's own share of the look-ups.
+    #[must_use]
+    pub fn resolving(&self, resolver: Arc<dyn Resolve>) -> Arc<Self> {
+        Arc::new(Self {
+            resolver,
+            tls: self.tls.clone(),
+            kept: Arc::clone(&self.kept),
+            most_kept: self.most_kept,
+            connections: Arc::clone(&self.connections),
+        })
+    }
 }
 
 /// `net.http` of one brane: its allowlist and its connections, which no other brane ever uses. Dropping it closes the

@@ -39,8 +39,8 @@ const IN_ALL: Duration = Duration::from_secs(10);
 /// How long the second family's addresses are waited for once the first family's are there: RFC 8305 3 has 50 ms, which
 /// is short for two questions that are sent one after the other.
 const SECOND_FAMILY: Duration = Duration::from_millis(200);
-/// Look-ups at a time; more wait.
-const AT_A_TIME: usize = 64;
+/// Look-ups at a time; more wait. Each has two sockets; no brane may have more than eight open in each worker.
+const AT_A_TIME: usize = 512;
 /// What a server may send in one datagram, in bytes: what passes everywhere unfragmented (DNS Flag Day 2020).
 const DATAGRAM: u16 = 1232;
 /// Datagrams that are not the answer, on a port where only the server's arrive, before it is given up.
