@@ -21,6 +21,8 @@ pub struct Settings {
     pub network: Network,
     /// `[ingress]`
     pub ingress: Ingress,
+    /// `[egress]`
+    pub egress: Egress,
     /// `[workers]`
     pub workers: Workers,
     /// `[console]`
@@ -53,6 +55,14 @@ impl Default for Ingress {
     fn default() -> Self {
         Self { http: vec![80] }
     }
+}
+
+/// What branes' requests to the outside need.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Egress {
+    /// Files beside the graph with certificates, in PEM, of authorities that are trusted besides the usual ones.
+    pub roots: Vec<String>,
 }
 
 /// The workers.
@@ -179,6 +189,10 @@ pub fn parse(text: &str) -> Result<Settings, String> {
     if settings.ingress.http.len() > MAX_PORTS {
         return Err(format!("ingress.http: at most {MAX_PORTS} ports"));
     }
+    let flat = |name: &str| !name.is_empty() && !name.contains('/') && !name.contains(char::is_control);
+    if let Some(name) = settings.egress.roots.iter().find(|name| !flat(name)) {
+        return Err(format!("egress.roots: {name:?} is not the name of a file beside the graph"));
+    }
     Ok(settings)
 }
 
@@ -196,9 +210,10 @@ mod tests {
     fn a_whole_file() {
         let s = parse(
             "[network]\naddress = [\"10.0.2.15/24\", \"fec0::15/64\"]\ngateway = [\"10.0.2.2\", \"fec0::2\"]\n\
-             [workers]\nhuge_pages = \"never\"\n[console]\nmode = \"observe\"\n",
+             [workers]\nhuge_pages = \"never\"\n[console]\nmode = \"observe\"\n[egress]\nroots = [\"my-ca.pem\"]\n",
         )
         .unwrap();
+        assert_eq!(s.egress.roots, ["my-ca.pem"]);
         assert_eq!(s.network.address.len(), 2);
         assert_eq!(s.workers.huge_pages, HugePages::Never);
         assert_eq!(s.console.mode, ConsoleMode::Observe);
@@ -214,6 +229,9 @@ mod tests {
             ("[network]\ngateway = [\"1.1.1.1\", \"2.2.2.2\"]", "at most one"),
             ("[ingress]\nhttp = [0]", "not a port"),
             ("[ingress]\nhttp = 80 90", "line 2"),
+            ("[egress]\nroots = [\"certificates/my-ca.pem\"]", "beside the graph"),
+            ("[egress]\nroots = [\"\"]", "beside the graph"),
+            ("[egress]\nroots = [\"a.pem\\nb.pem\"]", "beside the graph"),
             ("[ingress]\nhttp = [1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]", "at most 16"),
         ] {
             let error = parse(text).unwrap_err();

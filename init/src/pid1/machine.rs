@@ -1,5 +1,6 @@
 //! The appliance as the supervisor sees it: where each role runs, what it holds, where its words go.
 
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use gaia_init::roles::{Kind, Place, Role, users};
@@ -32,6 +33,9 @@ pub(crate) struct Appliance {
     /// file would be one for all: the command line has `printk.devkmsg=on`, and each role limits itself.
     words: OwnedFd,
     console_mode: &'static str,
+    /// Name servers and extra roots, as control reads them.
+    dns: String,
+    roots: String,
 }
 
 impl Appliance {
@@ -48,7 +52,10 @@ impl Appliance {
         let words = rustix::fs::open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             .or_else(|_| null.try_clone().map_err(|_| rustix::io::Errno::MFILE))?;
         let console_mode = settings.console.mode.word();
-        Ok(Self { report, groups, api, watchdog, terminal, seed, null, words, console_mode })
+        let server = |address: &IpAddr| SocketAddr::new(*address, 53).to_string();
+        let dns = settings.network.dns.iter().map(server).collect::<Vec<_>>().join(" ");
+        let roots = settings.egress.roots.join("\n");
+        Ok(Self { report, groups, api, watchdog, terminal, seed, null, words, console_mode, dns, roots })
     }
 }
 
@@ -106,6 +113,7 @@ impl Machine for Appliance {
 
     fn environment(&self, role: &Role) -> Vec<(String, String)> {
         match role.kind {
+            Kind::Control => vec![("GAIA_DNS".into(), self.dns.clone()), ("GAIA_ROOTS".into(), self.roots.clone())],
             Kind::Console => vec![
                 ("GAIA_API".into(), API.into()),
                 ("GAIA_CONSOLE".into(), self.console_mode.into()),
