@@ -51,6 +51,12 @@ enum Command {
         /// How many workers at most; one core each
         #[arg(long, value_name = "N")]
         workers: Option<NonZeroUsize>,
+        /// A name server for the branes' look-ups; may be given more than once [default: this machine's]
+        #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = run::name_server)]
+        dns: Vec<SocketAddr>,
+        /// Certificates, in PEM, of authorities that requests to the outside trust besides; may be given more than once
+        #[arg(long = "root", value_name = "FILE")]
+        roots: Vec<PathBuf>,
     },
     /// A prompt that takes these commands: what the serial port of the appliance runs
     Console,
@@ -78,8 +84,8 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Operate(command) => operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into),
         Command::Check { file, suggest } => return check(&file, suggest, cli.json),
-        Command::Run { file, watch, listen, workers } => {
-            return match run::run(&run::Options { file, watch, listen, workers }) {
+        Command::Run { file, watch, listen, workers, dns, roots } => {
+            return match run::run(&run::Options { file, watch, listen, workers, dns, roots }) {
                 Ok(code) => code,
                 Err(e) => {
                     let _ = stderr().write_all(format!("gaia: {e:#}\n").as_bytes());

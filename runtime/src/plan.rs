@@ -22,6 +22,9 @@ pub struct Plan {
     pub workers: u32,
     /// The branes, in the order of their statistics.
     pub branes: Vec<Brane>,
+    /// Certificates of authorities that are trusted beside the usual ones, in PEM; empty where no brane sends requests.
+    #[serde(default)]
+    pub roots: String,
 }
 
 /// One brane as a worker sees it.

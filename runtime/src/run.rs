@@ -15,7 +15,7 @@
 use std::ffi::CStr;
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -37,6 +37,11 @@ use rustix::process::Resource;
 
 use crate::log::text::clock;
 
+/// The port of name servers.
+const DNS: u16 = 53;
+/// Where this machine has its own.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 /// What is to be run, and how.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -48,6 +53,30 @@ pub struct Options {
     pub listen: Vec<SocketAddr>,
     /// Workers at most; as many as there are cores for, if not said.
     pub workers: Option<NonZeroUsize>,
+    /// Name servers; those of this machine, if none is said.
+    pub dns: Vec<SocketAddr>,
+    /// Files with certificates of authorities that requests to the outside trust besides, in PEM.
+    pub roots: Vec<PathBuf>,
+}
+
+/// Reads the address of a name server, which has port 53 unless it says another.
+///
+/// # Errors
+/// That it is none.
+pub fn name_server(text: &str) -> Result<SocketAddr, String> {
+    let bare = text.parse::<IpAddr>().map(|address| SocketAddr::new(address, DNS));
+    bare.or_else(|_| text.parse()).map_err(|_| "not an address, such as 9.9.9.9, [::1]:5353 or 127.0.0.1:5353".into())
+}
+
+/// The name servers of a `resolv.conf` (resolv.conf(5)). One with a zone is passed over: what a zone is called means
+/// nothing to a socket.
+fn name_servers(resolv_conf: &str) -> Vec<SocketAddr> {
+    let server = |line: &str| {
+        let mut words = line.split([' ', '\t']);
+        let address = (words.next() == Some("nameserver")).then(|| words.find(|word| !word.is_empty()))??;
+        Some(SocketAddr::new(address.parse().ok()?, DNS))
+    };
+    resolv_conf.lines().filter_map(server).collect()
 }
 
 /// Runs a graph until it is interrupted. Failure means that it never served, or that the supervision broke.
@@ -64,6 +93,9 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let cores = cores(options.workers);
     let listeners = listen(&options.listen, &cores)?;
     let own = Own::make()?;
+    for root in &options.roots {
+        File::open(root).with_context(|| format!("{}", root.display()))?;
+    }
     let mut launcher = Launcher::new(options, folder.into(), &own)?;
     launcher.say("not enforced here: users of their own and cgroups; the appliance has both");
     launcher.say(&format!("{cores}; operate it with: gaia --api {} ps", own.socket().display()));
@@ -136,6 +168,8 @@ struct Launcher {
     folder: OwnedFd,
     api: OwnedFd,
     socket: String,
+    dns: Vec<SocketAddr>,
+    roots: Vec<String>,
     null: OwnedFd,
     /// What waits for standard error.
     lines: Lines,
@@ -145,7 +179,14 @@ struct Launcher {
 
 impl Launcher {
     fn new(options: &Options, folder: OwnedFd, own: &Own) -> io::Result<Self> {
+        let dns = match options.dns.as_slice() {
+            [] => name_servers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default()),
+            said => said.to_vec(),
+        };
+        let absolute = |root: &PathBuf| Ok(std::path::absolute(root)?.to_string_lossy().into_owned());
         Ok(Self {
+            dns,
+            roots: options.roots.iter().map(absolute).collect::<io::Result<_>>()?,
             file: options.file.to_string_lossy().into_owned(),
             watch: options.watch,
             folder,
@@ -229,6 +270,8 @@ impl Machine for Launcher {
             Kind::Control => {
                 let mut all = vec![("GAIA_GRAPH".into(), self.file.clone())];
                 all.extend(self.watch.then(|| ("GAIA_WATCH".into(), "1".into())));
+                all.push(("GAIA_DNS".into(), spaced(&self.dns)));
+                all.push(("GAIA_ROOTS".into(), self.roots.join("\n")));
                 all
             }
             Kind::Log => vec![("GAIA_API".into(), self.socket.clone())],
@@ -239,9 +282,50 @@ impl Machine for Launcher {
     fn pet(&mut self) {}
 }
 
+/// As control reads them.
+fn spaced(servers: &[SocketAddr]) -> String {
+    servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_name_servers_of_a_machine_are_found_in_its_resolv_conf() {
+        let text = "# nameserver 1.1.1.1\nsearch example.org\nnameserver 9.9.9.9\nnameserver\t 2620:fe::fe  # two\n\
+                    nameserver fe80::1%eth0\nnameserver\nnameservers 8.8.8.8\n nameserver 8.8.4.4\noptions edns0\n";
+        assert_eq!(spaced(&name_servers(text)), "9.9.9.9:53 [2620:fe::fe]:53");
+    }
+
+    #[test]
+    fn a_name_server_has_port_53_unless_it_says_another() {
+        for (text, wanted) in [("9.9.9.9", "9.9.9.9:53"), ("::1", "[::1]:53"), ("127.0.0.1:5353", "127.0.0.1:5353")] {
+            assert_eq!(name_server(text).unwrap().to_string(), wanted);
+        }
+        assert_eq!(name_server("[::1]:5353").unwrap().to_string(), "[::1]:5353");
+        for wrong in ["", "dns.example", "9.9.9.9:", "9.9.9.9:65536"] {
+            assert!(name_server(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_resolv_conf_is_read(text in "((nameserver|#|[a-z]{0,9})[ \\t]{0,2}[0-9a-f.:%]{0,20}\\n?|\\PC{0,20}){0,9}") {
+            for server in name_servers(&text) {
+                prop_assert_eq!(server.port(), DNS);
+                prop_assert!(text.contains("nameserver"));
+            }
+        }
+
+        #[test]
+        fn each_server_that_is_listed_is_found(servers in proptest::collection::vec(any::<IpAddr>(), 0..5)) {
+            let text = servers.iter().fold(String::new(), |text, server| text + &format!("nameserver {server}\n"));
+            let found: Vec<IpAddr> = name_servers(&text).iter().map(SocketAddr::ip).collect();
+            prop_assert_eq!(found, servers);
+        }
+    }
 
     #[test]
     fn a_taken_address_is_refused_although_the_sockets_would_share_it() {

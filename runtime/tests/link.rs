@@ -5,6 +5,7 @@
 
 use gaia_manifest::{Manifest, Severity};
 use gaia_runtime::capability::Granted;
+use gaia_runtime::worker::host::Means;
 use gaia_runtime::{compile, engine, link, review};
 use wasmtime::component::Component;
 use wit_component::{ComponentEncoder, StringEncoding, dummy_module, embed_component_metadata};
@@ -79,7 +80,7 @@ fn refused(manifest: &Manifest, report: &compile::Report) -> Vec<String> {
 fn links(manifest: &Manifest, component: &[u8]) -> Result<(), String> {
     let engine = engine::for_compiler().unwrap();
     let grants: Vec<_> = manifest.branes[0].capabilities.iter().map(|grant| grant.capability.clone()).collect();
-    let linker = link::linker(&engine, Granted::of(&grants).capabilities()).unwrap();
+    let linker = link::linker(&engine, Granted::of(&grants, &Means::default()).capabilities()).unwrap();
     let component = Component::from_binary(&engine, component).unwrap();
     linker.instantiate_pre(&component).map(drop).map_err(|e| format!("{e:#}"))
 }

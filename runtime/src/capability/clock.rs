@@ -10,7 +10,7 @@ use wasmtime_wasi::p2::{DynPollable, Pollable, subscribe};
 
 use super::{Capability, Granted};
 use crate::link::Interface;
-use crate::worker::host::Host;
+use crate::worker::host::{Host, Means};
 
 /// See the module.
 pub(super) struct Clock;
@@ -37,7 +37,7 @@ impl Capability for Clock {
         "\"clock\" = { resolution = \"s\" }"
     }
 
-    fn configure(&self, grant: &Grant, granted: &mut Granted) {
+    fn configure(&self, grant: &Grant, granted: &mut Granted, _: &Means) {
         if let Grant::Clock(resolution) = grant {
             granted.clock = Some(*resolution);
         }

@@ -5,6 +5,7 @@ use wasmtime_wasi::WasiCtxBuilder;
 
 use super::{Capability, Granted};
 use crate::link::{ENVIRONMENT, Interface};
+use crate::worker::host::Means;
 
 /// See the module.
 pub(super) struct Env;
@@ -27,7 +28,7 @@ impl Capability for Env {
         (!secrets.is_empty()).then_some("secrets have no values")
     }
 
-    fn configure(&self, grant: &Grant, granted: &mut Granted) {
+    fn configure(&self, grant: &Grant, granted: &mut Granted, _: &Means) {
         if let Grant::Env { vars, .. } = grant {
             granted.vars = vars.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
         }

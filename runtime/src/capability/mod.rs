@@ -7,17 +7,26 @@
 pub mod clock;
 mod dns;
 mod env;
-mod http;
+pub mod http;
 mod random;
-mod sockets;
+pub mod sockets;
 mod tcp;
 pub mod tmp;
 mod udp;
 
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use gaia_egress::endpoint::Seen;
+use gaia_egress::{Egress, Shared};
 use gaia_manifest::{Capability as Grant, Resolution};
 use wasmtime_wasi::WasiCtxBuilder;
 
 use crate::link::Interface;
+use crate::log::{Event, Log, Subject};
+use crate::plan::Plan;
+use crate::worker::conversation::{Names, Share};
+use crate::worker::host::Means;
 
 /// Something that can be granted.
 pub trait Capability: Sync {
@@ -37,8 +46,8 @@ pub trait Capability: Sync {
     }
 
     /// What a grant means for a brane: done once, when its component is linked.
-    fn configure(&self, grant: &Grant, granted: &mut Granted) {
-        let _ = (grant, granted);
+    fn configure(&self, grant: &Grant, granted: &mut Granted, means: &Means) {
+        let _ = (grant, granted, means);
     }
 
     /// What an instance of a brane starts with that has it.
@@ -57,6 +66,62 @@ pub fn with_key(key: &str) -> Option<&'static dyn Capability> {
     ALL.into_iter().find(|capability| capability.key() == key)
 }
 
+/// Connections that a worker may have to the outside at a time, of its 65,536 files.
+const CONNECTIONS: usize = 2048;
+/// Of these, what is kept for branes' next requests.
+const KEPT: usize = 256;
+
+/// The way out of a worker, for all its branes.
+pub struct Network {
+    shared: Arc<Shared>,
+    /// Whom they ask for names.
+    pub names: Arc<Names>,
+}
+
+impl Network {
+    /// For the branes of this plan; nothing if none of them is granted it.
+    ///
+    /// # Errors
+    /// If the plan's extra roots are none; control has read them before.
+    pub fn of(plan: &Plan) -> anyhow::Result<Option<Self>> {
+        if !plan.branes.iter().flat_map(|brane| &brane.grants).any(|grant| grant.key().starts_with("net.")) {
+            return Ok(None);
+        }
+        let names = Arc::new(Names::default());
+        let shared = Shared::new(names.share(), gaia_egress::roots(&plan.roots)?, CONNECTIONS, KEPT)?;
+        Ok(Some(Self { shared, names }))
+    }
+}
+
+/// One instance, as what it is granted sees it.
+pub struct Instance {
+    log: Arc<Log>,
+    subject: Subject,
+    seen: Mutex<Seen>,
+}
+
+impl Instance {
+    /// Whose lines are `subject`'s.
+    #[must_use]
+    pub fn new(log: Arc<Log>, subject: Subject) -> Self {
+        Self { log, subject, seen: Mutex::default() }
+    }
+
+    fn log(&self, event: &Event<'_>) {
+        self.log.write(self.subject, event);
+    }
+
+    /// Says what it was refused, under the key whose grant does not cover it.
+    fn deny(&self, key: &str, what: impl fmt::Display) {
+        self.log(&Event::Deny { text: format!("{key} {what}").into() });
+    }
+
+    /// What it has looked up.
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// What one brane is granted, ready for its instances.
 #[derive(Default)]
 pub struct Granted {
@@ -67,16 +132,23 @@ pub struct Granted {
     pub vars: Vec<(String, String)>,
     /// What its file system may hold.
     pub tmp: Option<gaia_tmpfs::Limits>,
+    /// Its requests and their connections.
+    pub egress: Option<Arc<Egress>>,
+    /// What its names and sockets lead to.
+    pub reach: sockets::Reach,
+    /// Its share of the look-ups.
+    names: Option<Arc<Share>>,
 }
 
 impl Granted {
     /// What these grants of a manifest mean.
     #[must_use]
-    pub fn of(grants: &[Grant]) -> Self {
-        let mut granted = Self::default();
+    pub fn of(grants: &[Grant], means: &Means) -> Self {
+        let names = means.network.as_ref().map(|network| network.names.share());
+        let mut granted = Self { names, ..Self::default() };
         for grant in grants {
             if let Some(capability) = with_key(grant.key()) {
-                capability.configure(grant, &mut granted);
+                capability.configure(grant, &mut granted, means);
                 granted.capabilities.push(capability);
             }
         }

@@ -1,13 +1,16 @@
 //! `net.udp`: datagrams.
 
 use gaia_manifest::Capability as Grant;
+use wasmtime::component::Resource;
+use wasmtime_wasi::p2::bindings::sockets::network::IpAddressFamily;
 use wasmtime_wasi::p2::bindings::sockets::{udp, udp_create_socket};
-use wasmtime_wasi::sockets::{WasiSockets, WasiSocketsView as _};
+use wasmtime_wasi::p2::{SocketResult, UdpSocket};
+use wasmtime_wasi::sockets::{WasiSockets, WasiSocketsCtxView, WasiSocketsView as _};
 
-use super::Capability;
-use super::sockets::{INSTANCE_NETWORK, NETWORK};
+use super::sockets::{Endpoints, INSTANCE_NETWORK, NETWORK, View};
+use super::{Capability, Granted};
 use crate::link::Interface;
-use crate::worker::host::Host;
+use crate::worker::host::{Host, Means};
 
 /// See the module.
 pub(super) struct Udp;
@@ -18,7 +21,7 @@ const UDP: Interface = Interface {
 };
 const CREATE: Interface = Interface {
     name: "wasi:sockets/udp-create-socket",
-    add: |linker| udp_create_socket::add_to_linker::<Host, WasiSockets>(linker, Host::sockets),
+    add: |linker| udp_create_socket::add_to_linker::<Host, Endpoints>(linker, Host::reach),
 };
 
 impl Capability for Udp {
@@ -34,7 +37,17 @@ impl Capability for Udp {
         "\"net.udp\" = { allowlist = [] }"
     }
 
-    fn missing(&self, _: &Grant) -> Option<&'static str> {
-        Some("every datagram is refused")
+    fn configure(&self, grant: &Grant, granted: &mut Granted, _: &Means) {
+        if let Grant::Udp(endpoints) = grant {
+            granted.reach.udp = Some(endpoints.as_slice().into());
+        }
+    }
+}
+
+impl udp_create_socket::Host for View<'_> {
+    async fn create_udp_socket(&mut self, family: IpAddressFamily) -> SocketResult<Resource<UdpSocket>> {
+        let mut one = self.one_socket()?.allow_udp(true).build();
+        let mut sockets = WasiSocketsCtxView { ctx: one.sockets(), table: self.table };
+        sockets.create_udp_socket(family).await
     }
 }

@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use gaia_init::supervise::MAX_COMPILERS;
 use gaia_init::wire::FromControl;
-use gaia_manifest::{Brane, Diagnostic, Image, Manifest, Severity};
+use gaia_manifest::{Brane, Capability, Diagnostic, Image, Manifest, Severity};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use sha2::{Digest as _, Sha256};
 
@@ -25,6 +25,8 @@ use crate::compile::{self, MAX_COMPONENT, MAX_REPORT, Report, Word};
 use crate::plan::{self, Plan};
 use crate::{engine, review};
 
+/// The largest file of extra roots, in bytes, and all of them together: Mozilla's whole list is 220 KiB.
+const MAX_ROOTS: u64 = 1 << 20;
 /// The graph's name in the seed.
 const GRAPH: &str = "graph.zgraph.toml";
 /// What an appliance says that was given none.
@@ -43,6 +45,8 @@ pub(super) struct Source {
     shown: String,
     /// It is the seed of the appliance.
     seed: bool,
+    /// Files with certificates of authorities that requests to the outside trust besides.
+    roots: Vec<String>,
     /// What a graph that does not come up means.
     failure: Failure,
     /// Deploy again when a file changes.
@@ -62,14 +66,16 @@ impl Source {
     /// The seed of the appliance, or the folder of the manifest that `gaia run` was told.
     pub(super) fn from_environment(folder: OwnedFd) -> Self {
         let watch = std::env::var_os("GAIA_WATCH").is_some();
+        let roots: Vec<String> = std::env::var("GAIA_ROOTS").unwrap_or_default().lines().map(str::to_owned).collect();
         match std::env::var("GAIA_GRAPH") {
             Err(_) => {
-                Self { folder, graph: GRAPH.into(), shown: GRAPH.into(), seed: true, failure: Failure::Empty, watch }
+                let (graph, shown) = (GRAPH.into(), GRAPH.into());
+                Self { folder, graph, shown, seed: true, roots, failure: Failure::Empty, watch }
             }
             Ok(shown) => {
                 let graph = Path::new(&shown).file_name().map_or(shown.clone(), |n| n.to_string_lossy().into_owned());
                 let failure = if watch { Failure::Empty } else { Failure::End };
-                Self { folder, graph, shown, seed: false, failure, watch }
+                Self { folder, graph, shown, seed: false, roots, failure, watch }
             }
         }
     }
@@ -87,13 +93,28 @@ impl Source {
         read_whole(rustix::fs::openat(&self.folder, path, flags, Mode::empty())?, most)
     }
 
+    /// The certificates of all extra roots, in PEM, each file checked by itself.
+    fn roots(&self) -> anyhow::Result<String> {
+        let mut all = String::new();
+        for path in &self.roots {
+            let bytes = self.read(path, MAX_ROOTS).with_context(|| format!("reading the root {path}"))?;
+            let text = String::from_utf8(bytes).ok().with_context(|| format!("the root {path} is not PEM"))?;
+            gaia_egress::roots(&text).with_context(|| format!("the root {path}"))?;
+            anyhow::ensure!(!text.trim().is_empty(), "the root {path} is empty");
+            all.push_str(&text);
+            all.push('\n');
+        }
+        anyhow::ensure!(all.len() as u64 <= MAX_ROOTS, "the roots have more than {MAX_ROOTS} bytes together");
+        Ok(all)
+    }
+
     /// What changes when somebody writes to a file or puts another in its place.
     fn stamps(&self, images: &[String]) -> Vec<Option<[i128; 4]>> {
         let stamp = |path: &String| {
             let stat = rustix::fs::statat(&self.folder, path, AtFlags::empty()).ok()?;
             Some([stat.st_ino.into(), stat.st_size.into(), stat.st_mtime.into(), stat.st_mtime_nsec.into()])
         };
-        [&self.graph].into_iter().chain(images).map(stamp).collect()
+        [&self.graph].into_iter().chain(&self.roots).chain(images).map(stamp).collect()
     }
 
     /// The files that the graph names, as far as it can be read.
@@ -137,7 +158,7 @@ pub(super) async fn first(control: &Control, source: Option<&Source>, found: &Fo
         control.init.tell(&FromControl::PowerOff, &[]).await;
         return Ok(());
     }
-    start(control, Plan { generation, workers, branes: Vec::new() }, &[]).await
+    start(control, Plan { generation, workers, branes: Vec::new(), roots: String::new() }, &[]).await
 }
 
 /// What the files were like when they were last looked at.
@@ -175,7 +196,7 @@ pub(super) async fn watch(control: &Control, source: &Source, mut seen: Seen, fo
         seen = Seen::now(source);
         let serving = control.plan.borrow().clone();
         let outcome = match planned(control, source, workers, generation).await {
-            Ok((plan, _)) if serving.is_some_and(|serving| serving.branes == plan.branes) => {
+            Ok((plan, _)) if serving.is_some_and(|s| s.branes == plan.branes && s.roots == plan.roots) => {
                 control.say(&format!("{}: nothing has changed", source.shown)).await;
                 continue;
             }
@@ -253,7 +274,9 @@ async fn planned(
     let mut artefacts: Vec<_> = compiled.into_values().map(|c| (artefact_name(&c.digest), c.artefact)).collect();
     artefacts.sort_by(|a, b| a.0.cmp(&b.0));
     artefacts.dedup_by(|a, b| a.0 == b.0);
-    Ok((Plan { generation, workers, branes }, artefacts))
+    let sends = branes.iter().flat_map(|brane| &brane.grants).any(|grant| matches!(grant, Capability::Http(_)));
+    let roots = if sends { source.roots()? } else { String::new() };
+    Ok((Plan { generation, workers, branes, roots }, artefacts))
 }
 
 fn planned_brane(brane: &Brane, compiled: &Compiled, needs: plan::Needs) -> plan::Brane {

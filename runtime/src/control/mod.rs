@@ -12,12 +12,14 @@ pub mod report;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use gaia_egress::resolve::{self, Resolve as _, Stub};
 use gaia_init::descriptors::Descriptors;
 use gaia_init::wire::{self, FromControl};
 use tokio::sync::{Notify, oneshot};
@@ -26,7 +28,7 @@ use crate::channel::{Channel, read_whole};
 use crate::compile::Report;
 use crate::plan::{self, Plan};
 use crate::statistics::Statistics;
-use crate::worker::instances::{self, Instance};
+use crate::worker::conversation::{self, Instance};
 
 /// How often control shows init that its loop turns.
 const BEAT: Duration = Duration::from_secs(1);
@@ -46,6 +48,8 @@ pub struct Worker {
     channel: Channel,
     /// Questions that it has not answered yet.
     asked: RefCell<HashMap<u32, oneshot::Sender<OwnedFd>>>,
+    /// Look-ups that it has asked for and has no answer to yet.
+    look_ups: Cell<usize>,
     /// There is something in its log, or it is gone.
     records: Notify,
     gone: Cell<bool>,
@@ -73,6 +77,7 @@ pub struct Control {
     /// What the last deploy failed with, or warned about.
     words: RefCell<Vec<String>>,
     tickets: Cell<u32>,
+    names: Stub,
 }
 
 /// Runs the role.
@@ -100,6 +105,7 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
         words: RefCell::default(),
         // Not where the control before this one began: its questions may still be answered.
         tickets: Cell::new(std::process::id() << 12),
+        names: Stub::new(name_servers()),
     });
     let beating = Rc::clone(&control);
     tokio::task::spawn_local(async move {
@@ -179,13 +185,14 @@ impl Control {
             statistics: Statistics::map(statistics)?,
             channel: Channel::new(channel)?,
             asked: RefCell::default(),
+            look_ups: Cell::default(),
             records: Notify::new(),
             gone: Cell::new(false),
         });
         let mut workers = self.workers.borrow_mut();
         workers.retain(|w| w.pid != pid);
         workers.push(Rc::clone(&worker));
-        tokio::task::spawn_local(listen(Rc::clone(&worker)));
+        tokio::task::spawn_local(listen(Rc::clone(self), Rc::clone(&worker)));
         tokio::task::spawn_local(log::read(Rc::clone(self), worker));
         Ok(())
     }
@@ -227,9 +234,9 @@ impl Control {
         let ticket = self.ticket();
         let (sender, answer) = oneshot::channel();
         worker.asked.borrow_mut().insert(ticket, sender);
-        let sent = worker.channel.send(&instances::Word::Instances { ticket }, &[]).await;
+        let sent = worker.channel.send(&conversation::Word::Instances { ticket }, &[]).await;
         let list = if sent.is_ok() { answer.await.ok() } else { None };
-        serde_json::from_slice(&read_whole(list?, instances::MAX_BYTES).ok()?).ok()
+        serde_json::from_slice(&read_whole(list?, conversation::MAX_BYTES).ok()?).ok()
     }
 
     /// Forgets the plans of generations that neither serve nor have workers left.
@@ -246,20 +253,44 @@ impl Control {
 }
 
 /// Hears what a worker says until it is gone.
-async fn listen(worker: Rc<Worker>) {
+async fn listen(control: Rc<Control>, worker: Rc<Worker>) {
+    use conversation::Word;
     loop {
-        match worker.channel.receive::<instances::Word>().await {
+        match worker.channel.receive::<Word>().await {
             // An answer to a question whose asker went away, or whose asker was another control, is passed over.
-            Ok((instances::Word::Instances { ticket }, files)) => {
+            Ok((Word::Instances { ticket }, files)) => {
                 let asker = worker.asked.borrow_mut().remove(&ticket);
                 if let (Some(asker), Some(list)) = (asker, files.into_iter().next()) {
                     let _ = asker.send(list);
                 }
             }
-            Ok((instances::Word::Records, _)) => worker.records.notify_one(),
-            Err(wire::Error::Malformed | wire::Error::Unknown(_)) => {}
+            Ok((Word::Records, _)) => worker.records.notify_one(),
+            Ok((Word::LookUp { ticket, name }, _)) => {
+                // A worker that keeps to its own bound never has more open.
+                if worker.look_ups.get() < conversation::LOOK_UPS {
+                    worker.look_ups.set(worker.look_ups.get() + 1);
+                    tokio::task::spawn_local(look_up(Rc::clone(&control), Rc::clone(&worker), ticket, name));
+                } else {
+                    let found = Err(resolve::Error::Timeout);
+                    let _ = worker.channel.send(&Word::Found { ticket, found }, &[]).await;
+                }
+            }
+            Ok((Word::Found { .. }, _)) | Err(wire::Error::Malformed | wire::Error::Unknown(_)) => {}
             Err(_) => return,
         }
         worker.asked.borrow_mut().retain(|_, asker| !asker.is_closed());
     }
+}
+
+/// Resolves a name on a worker's behalf.
+async fn look_up(control: Rc<Control>, worker: Rc<Worker>, ticket: u32, name: String) {
+    let found = control.names.resolve(&name).await;
+    worker.look_ups.set(worker.look_ups.get() - 1);
+    let _ = worker.channel.send(&conversation::Word::Found { ticket, found }, &[]).await;
+}
+
+/// The name servers that the supervisor names. What is no address is passed over: whoever wrote it was told.
+fn name_servers() -> Vec<SocketAddr> {
+    let all = std::env::var("GAIA_DNS").unwrap_or_default();
+    all.split_whitespace().filter_map(|server| server.parse().ok()).collect()
 }

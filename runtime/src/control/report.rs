@@ -8,7 +8,7 @@ use crate::log::Event;
 use crate::log::text::line;
 
 pub use super::init::Role;
-pub use crate::worker::instances::Instance;
+pub use crate::worker::conversation::Instance;
 
 /// `GET /v1/status`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

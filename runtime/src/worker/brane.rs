@@ -85,7 +85,7 @@ impl Brane {
         // SAFETY: the artefact was made by this build's compiler, came through control and init alone, and is sealed:
         // nobody can have changed it since (checked by the caller).
         let component = unsafe { Component::deserialize_file(&engine, path) }.map_err(at("map the artefact"))?;
-        let granted = Granted::of(&plan.grants);
+        let granted = Granted::of(&plan.grants, &means);
         let linker = link::linker(&engine, granted.capabilities()).map_err(at("linker"))?;
         let pre = linker.instantiate_pre(&component).and_then(ProxyPre::new).map_err(at("link"))?;
         Ok(Self {

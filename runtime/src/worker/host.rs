@@ -1,7 +1,6 @@
 //! What one instance has on the host's side: its store's data.
 
 use std::cell::Cell;
-use std::future::Future;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -15,10 +14,12 @@ use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::random::WasiRandomCtx;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
-use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
+use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
-use crate::capability::{Granted, clock, tmp};
+use crate::capability::http::Requests;
+use crate::capability::{Granted, Instance, Network, clock, sockets, tmp};
 use crate::log::{Event, Log, MAX_TEXT, Stream, Subject};
+use crate::plan::Plan;
 
 /// Handles an instance may hold at a time, on the host's side and on its own.
 pub const HANDLES: usize = 1024;
@@ -30,7 +31,10 @@ pub struct Host {
     wasi: WasiCtx,
     http: WasiHttpCtx,
     table: ResourceTable,
-    egress: NoEgress,
+    requests: Requests,
+    /// What its names and sockets lead to.
+    reach: sockets::Reach,
+    instance: Arc<Instance>,
     /// What its clocks are rounded to, if it has any.
     step: Resolution,
     /// When it was made.
@@ -53,6 +57,8 @@ pub struct Means {
     pub reaper: Reaper,
     /// A task is at it.
     pub reaping: Cell<bool>,
+    /// The way out, if a brane is granted one.
+    pub network: Option<Network>,
 }
 
 /// Chunks of 64 KiB that a worker keeps, zeroed, for the next file system.
@@ -60,7 +66,17 @@ const SPARE_CHUNKS: usize = 16;
 
 impl Default for Means {
     fn default() -> Self {
-        Self { reaper: Reaper::new(Arc::new(Unlimited), SPARE_CHUNKS), reaping: Cell::new(false) }
+        Self { reaper: Reaper::new(Arc::new(Unlimited), SPARE_CHUNKS), reaping: Cell::new(false), network: None }
+    }
+}
+
+impl Means {
+    /// For the branes of this plan.
+    ///
+    /// # Errors
+    /// As [`Network::of`].
+    pub fn of(plan: &Plan) -> anyhow::Result<Self> {
+        Ok(Self { network: Network::of(plan)?, ..Self::default() })
     }
 }
 
@@ -77,6 +93,7 @@ impl Host {
     pub fn new(mem_max: u64, granted: &Granted, means: &Means, log: &Arc<Log>, subject: Subject) -> Self {
         let voice = Arc::new(Voice { log: Arc::clone(log), subject, begun: Default::default() });
         let output = |stream| Output { voice: Arc::clone(&voice), stream };
+        let instance = Arc::new(Instance::new(Arc::clone(log), subject));
         let wasi = granted.instance().stdout(output(Stream::Out)).stderr(output(Stream::Err)).build();
         let mut table = ResourceTable::new();
         table.set_max_capacity(HANDLES);
@@ -88,7 +105,9 @@ impl Host {
             wasi,
             http,
             table,
-            egress: NoEgress,
+            requests: Requests::new(granted.egress.clone(), Arc::clone(&instance)),
+            reach: granted.reach.clone(),
+            instance,
             step,
             since: Instant::now(),
             files: granted.tmp.map(files),
@@ -116,6 +135,11 @@ impl Host {
         tmp::TmpView { table: &mut self.table, tmp, clock }
     }
 
+    /// Its names and sockets; linked only where they are granted.
+    pub fn reach(&mut self) -> sockets::View<'_> {
+        sockets::View { table: &mut self.table, reach: &self.reach, instance: &self.instance }
+    }
+
     /// Sources of randomness; only the insecure ones are linked without a grant.
     pub fn random(&mut self) -> &mut WasiRandomCtx {
         self.wasi.random()
@@ -130,7 +154,7 @@ impl WasiView for Host {
 
 impl WasiHttpView for Host {
     fn http(&mut self) -> WasiHttpCtxView<'_> {
-        WasiHttpCtxView { hooks: &mut self.egress, table: &mut self.table, ctx: &mut self.http }
+        WasiHttpCtxView { hooks: &mut self.requests, table: &mut self.table, ctx: &mut self.http }
     }
 }
 
@@ -192,22 +216,6 @@ impl ResourceLimiter for Memory {
     fn table_grow_failed(&mut self, _: wasmtime::Error) -> wasmtime::Result<()> {
         self.failed();
         Ok(())
-    }
-}
-
-/// No brane may send requests yet: `wasi:http/outgoing-handler` is not linked, and this stands behind it.
-struct NoEgress;
-
-type Sending = Box<dyn Future<Output = Result<(), Error>> + Send>;
-
-impl WasiHttpHooks for NoEgress {
-    fn send_request(
-        &mut self,
-        _: http::Request<WasiBody>,
-        _: Option<RequestOptions>,
-        _: Sending,
-    ) -> Box<dyn Future<Output = Result<(http::Response<WasiBody>, Sending), Error>> + Send> {
-        Box::new(std::future::ready(Err(Error::HttpRequestDenied)))
     }
 }
 

@@ -5,8 +5,8 @@
 //! init says so. One thread runs guests and connections; a second only ticks the epochs, on the housekeeping cores.
 
 pub mod brane;
+pub mod conversation;
 pub mod host;
-pub mod instances;
 pub mod linger;
 pub mod route;
 pub mod serve;
@@ -65,6 +65,8 @@ pub struct Worker {
     pub statistics: Arc<Statistics>,
     /// Its log.
     pub log: Arc<Log>,
+    /// What its branes ask control for, if one may ask.
+    pub names: Option<Arc<conversation::Names>>,
 }
 
 /// One line on standard error, which is the kernel's log on the appliance. It never blocks there.
@@ -115,7 +117,8 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let artefacts = descriptors.take_all("file-");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
-    let branes = link_all(&plan, &artefacts, &log)?;
+    let means = Rc::new(host::Means::of(&plan)?);
+    let branes = link_all(&plan, &artefacts, &log, &means)?;
     drop(artefacts);
     // Before the first instance is made: its start may be the first thing that must be interrupted.
     tick(branes.iter().map(|b| b.engine.clone()).collect(), place, descriptors.take("tick").ok())?;
@@ -125,18 +128,23 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
         }
         anyhow::Ok(())
     })?;
-    let worker =
-        Rc::new(Worker { core: place.core, number: place.number, workers: plan.workers, branes, statistics, log });
+    let names = means.network.as_ref().map(|network| Arc::clone(&network.names));
+    let (core, number, workers) = (place.core, place.number, plan.workers);
+    let worker = Rc::new(Worker { core, number, workers, branes, statistics, log, names });
     local.block_on(&runtime, live(worker, descriptors))
 }
 
-fn link_all(plan: &Plan, artefacts: &[(String, OwnedFd)], log: &Arc<Log>) -> anyhow::Result<Vec<Rc<Brane>>> {
-    let means = Rc::new(host::Means::default());
+fn link_all(
+    plan: &Plan,
+    artefacts: &[(String, OwnedFd)],
+    log: &Arc<Log>,
+    means: &Rc<host::Means>,
+) -> anyhow::Result<Vec<Rc<Brane>>> {
     let link = |(index, brane): (usize, &plan::Brane)| {
         let artefact = artefacts.iter().find(|(name, _)| *name == brane.artefact);
         let (_, artefact) = artefact.with_context(|| format!("{}: its artefact was not handed down", brane.name))?;
         anyhow::ensure!(is_sealed(artefact), "{}: its artefact could still change", brane.name);
-        Ok(Rc::new(Brane::link(brane, index, plan.workers, artefact, Arc::clone(log), Rc::clone(&means))?))
+        Ok(Rc::new(Brane::link(brane, index, plan.workers, artefact, Arc::clone(log), Rc::clone(means))?))
     };
     plan.branes.iter().enumerate().map(link).collect()
 }
@@ -185,7 +193,7 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
     let next = descriptors.take_all("next-");
     let (phase, watching) = watch::channel(Phase::Held);
     init.send(&FromWorker::Ready, &[]).await.context("saying ready to init")?;
-    tokio::task::spawn_local(instances::answer(Rc::clone(&worker), control));
+    tokio::task::spawn_local(conversation::hold(Rc::clone(&worker), control));
     let beating = Rc::clone(&init);
     tokio::task::spawn_local(async move {
         let mut every = tokio::time::interval(BEAT);

@@ -17,7 +17,7 @@ pub use self::host::{Clock, TmpView};
 use super::clock::down;
 use super::{Capability, Granted};
 use crate::link::Interface;
-use crate::worker::host::Host;
+use crate::worker::host::{Host, Means};
 
 /// See the module.
 pub(super) struct Tmp;
@@ -44,7 +44,7 @@ impl Capability for Tmp {
         "\"fs.tmp\" = { quota = \"0 B\" }"
     }
 
-    fn configure(&self, grant: &Grant, granted: &mut Granted) {
+    fn configure(&self, grant: &Grant, granted: &mut Granted, _: &Means) {
         // An instance serves one request, so both lifetimes end with it.
         if let Grant::Tmp { quota, lifetime: _ } = grant {
             granted.tmp = Some(Limits::of_quota(*quota));
