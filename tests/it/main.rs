@@ -5,6 +5,7 @@
 
 mod boot;
 mod capabilities;
+mod egress;
 mod hostile;
 mod image;
 mod memory;
