@@ -344,7 +344,8 @@ fn an_upstream_that_never_answers_ends_with_the_deadline() {
     assert!(String::from_utf8(rest).unwrap().starts_with("GET /slow HTTP/1.1\r\n"));
 }
 
-/// Would miss: names that are looked up without a grant, addresses that no guest may know, a resolver of the machine's.
+/// Would miss: names that are looked up without a grant, addresses that no guest may know, a resolver of the machine's,
+/// and a control whose end takes the look-ups with it.
 #[test]
 fn names_are_looked_up_where_they_are_granted() {
     let dns = names(&[
@@ -374,6 +375,14 @@ fn names_are_looked_up_where_they_are_granted() {
         assert_eq!(look_up(name), (502, format!("{code}\n")), "{name}");
         logged(&run, "lookup", &[" DENY net.dns ", words]);
     }
+    // Whoever is control answers: the workers live on without the one they asked before.
+    let roles = run.ask("status").unwrap()["roles"].clone();
+    let control = roles.as_array().unwrap().iter().find(|role| role["name"] == "control").unwrap()["pid"].as_i64();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(control.unwrap()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(look_up("one.example"), (200, "9.9.9.9\n2620:fe::fe\n".into()), "it waits for the next control");
+    run.error.line("took over generation 1").unwrap();
+
     let run = folder.run(&["--dns", "127.0.0.1:1"]).unwrap().serving().unwrap();
     let answer = run.get("/lookup?name=one.example").unwrap();
     assert_eq!(answer.text(), "temporary-resolver-failure\n", "this machine's own name servers are not asked");

@@ -264,8 +264,15 @@ impl Body for Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use gaia_egress::Error as E;
+    use crate::log::{Log, Reader, Subject};
+    use crate::statistics::Statistics;
+    use crate::worker::conversation::Names;
+    use gaia_egress::{Error as E, Shared};
+    use gaia_init::supervise::STATISTICS_BYTES;
+    use gaia_manifest::Site;
+    use rustix::fs::{MemfdFlags, SealFlags};
     use std::io::ErrorKind;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     #[test]
     fn each_error_is_the_case_that_it_says_it_is() {
@@ -308,5 +315,84 @@ mod tests {
     fn a_denial_names_its_host_and_never_what_stands_before_it() {
         let uri: Uri = "https://user:secret@api.example:8443/".parse().unwrap();
         assert_eq!(words(&Denied::Userinfo, &uri), "\"api.example:8443\": a user before the host");
+    }
+
+    /// An instance that may send to these sites, and its log.
+    fn instance(sites: &[String]) -> (Requests, Arc<Statistics>) {
+        let fd = rustix::fs::memfd_create("s", MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&fd, STATISTICS_BYTES).unwrap();
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        let page = Arc::new(Statistics::map(&fd).unwrap());
+        let names = Arc::new(Names::default()).share();
+        let shared = Shared::new(names, gaia_egress::roots("").unwrap(), 1, 1).unwrap();
+        let sites = sites.iter().map(|site| Site::parse(site).unwrap()).collect();
+        let egress = Arc::new(Egress::new(&shared, sites, Bounds::default()));
+        let own = Instance::new(Arc::new(Log::new(Arc::clone(&page))), Subject::Brane(0, 1));
+        (Requests::new(Some(egress), Arc::new(own)), page)
+    }
+
+    fn posted(uri: &str, body: WasiBody) -> http::Request<WasiBody> {
+        http::Request::post(uri).body(body).unwrap()
+    }
+
+    #[test]
+    fn another_scheme_is_a_denial_and_not_a_protocol_error() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (mut requests, page) = instance(&["evil.example".into()]);
+        assert!(requests.is_supported_scheme(&"ftp".parse().unwrap()), "it comes as far as to be refused");
+        let body = http_body_util::Empty::new().map_err(Error::from).boxed_unsync();
+        let nothing: Sending = Box::new(std::future::ready(Ok(())));
+        let refused = requests.send_request(posted("ftp://evil.example/", body), None, nothing);
+        let refused = runtime.block_on(Pin::from(refused)).map(|(response, _)| response);
+        assert!(matches!(refused, Err(Error::HttpRequestDenied)));
+        let mut reader = Reader::new(&page);
+        let text = "net.http \"evil.example\": the scheme is neither http nor https".into();
+        assert_eq!(reader.next().unwrap().event, Event::Deny { text });
+        assert_eq!(reader.next(), None, "a denial is no request besides");
+    }
+
+    /// Would miss: a body that is sent only when it is whole, or an answer that is.
+    #[test]
+    fn bodies_go_both_ways_piece_by_piece() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let site = listener.local_addr().unwrap().to_string();
+            let (mut requests, page) = instance(std::slice::from_ref(&site));
+            let (pieces, body) = tokio::sync::mpsc::channel::<Bytes>(1);
+            let body = futures_util::stream::unfold(body, |mut body| async {
+                body.recv().await.map(|piece| (Ok::<_, Error>(Frame::data(piece)), body))
+            });
+            let body = http_body_util::StreamBody::new(body).boxed_unsync();
+            let nothing: Sending = Box::new(std::future::ready(Ok(())));
+            let sending = requests.send_request(posted(&format!("http://{site}/echo?q"), body), None, nothing);
+            let server = async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = Vec::new();
+                while !request.ends_with(b"3\r\none\r\n") {
+                    assert!(stream.read_buf(&mut request).await.unwrap() > 0);
+                }
+                let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nuno\r\n";
+                stream.write_all(head).await.unwrap();
+                stream
+            };
+            pieces.send("one".into()).await.unwrap();
+            let (response, mut stream) = tokio::join!(Pin::from(sending), server);
+            let mut body = response.unwrap().0.into_body();
+            assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "uno");
+            pieces.send("two".into()).await.unwrap();
+            drop(pieces);
+            let mut rest = Vec::new();
+            while !rest.ends_with(b"3\r\ntwo\r\n0\r\n\r\n") {
+                assert!(stream.read_buf(&mut rest).await.unwrap() > 0);
+            }
+            assert_eq!(Reader::new(&page).next(), None, "it is not over");
+            stream.write_all(b"5\r\ndos!!\r\n0\r\n\r\n").await.unwrap();
+            assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "dos!!");
+            assert!(body.frame().await.is_none());
+            let event = Reader::new(&page).next().unwrap().event;
+            let Event::Request { text, bytes, .. } = event else { panic!("{event:?}") };
+            assert_eq!((text.as_ref(), bytes), (format!("{site}/echo").as_str(), 8));
+        });
     }
 }
