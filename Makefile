@@ -21,6 +21,8 @@ PORT     ?= 8080
 URL_PATH ?= /hello
 MEMORY   ?= 512
 CPUS     ?= 2
+# Not empty: the machine reaches this machine's network. What branes may reach of it, the graph says.
+ONLINE   ?=
 
 # --- Where things are -------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
 	@echo '  Variables of make run: GRAPH=$(GRAPH) CONFIG=$(CONFIG)'
-	@echo '                         PORT=$(PORT) URL_PATH=$(URL_PATH) MEMORY=$(MEMORY) (MiB) CPUS=$(CPUS)'
+	@echo '                         PORT=$(PORT) URL_PATH=$(URL_PATH) MEMORY=$(MEMORY) (MiB) CPUS=$(CPUS) ONLINE=$(ONLINE)'
 
 .PHONY: setup
 setup: ## install what is missing to build, run, check and measure
@@ -88,7 +90,8 @@ ready:
 .PHONY: run
 run: ready image out/seed.cpio ## boot the appliance in QEMU with GRAPH and CONFIG, its port 8080 at PORT
 	@out/bin/gaia-qemu run --kernel out/bzImage --initrd out/initramfs.zst --initrd out/seed.cpio \
-		--append "$$(< image/cmdline)" --forward $(PORT):8080 --memory $(MEMORY) --cpus $(CPUS) --url-path $(URL_PATH)
+		--append "$$(< image/cmdline)" $(if $(ONLINE),--online) \
+		--forward $(PORT):8080 --memory $(MEMORY) --cpus $(CPUS) --url-path $(URL_PATH)
 
 .PHONY: test
 test: ## everything: checks, images, and the tests that boot them; prints the seconds of each stage
