@@ -1,0 +1,46 @@
+//! Waits `?sleep_ms=` milliseconds (default 0) and answers; or, with `?trickle_ms=`, answers at once with a body that goes on
+//! byte by byte, one each so many milliseconds, for `?sleep_ms=` milliseconds in all.
+
+use std::time::Duration;
+
+use wasip2::exports::http::incoming_handler::Guest;
+use wasip2::http::types::{Fields, IncomingRequest, OutgoingBody, OutgoingResponse, ResponseOutparam};
+
+/// Begins an answer of unknown length and sends `bytes` of it, each after a pause.
+fn trickle(out: ResponseOutparam, pause: Duration, bytes: u64) {
+    let response = OutgoingResponse::new(Fields::new());
+    let Ok(body) = response.body() else { return };
+    ResponseOutparam::set(out, Ok(response));
+    {
+        let Ok(stream) = body.write() else { return };
+        for _ in 0..bytes {
+            std::thread::sleep(pause);
+            if stream.blocking_write_and_flush(b".").is_err() {
+                return;
+            }
+        }
+    }
+    let _ = OutgoingBody::finish(body, None);
+}
+
+/// How long in all, and how long between two bytes, in milliseconds.
+fn asked(request: &IncomingRequest) -> Result<(u64, u64), String> {
+    Ok((gaia_branes::query_number(request, "sleep_ms", 0)?, gaia_branes::query_number(request, "trickle_ms", 0)?))
+}
+
+struct Wait;
+
+impl Guest for Wait {
+    fn handle(request: IncomingRequest, out: ResponseOutparam) {
+        match asked(&request) {
+            Ok((sleep, 0)) => {
+                std::thread::sleep(Duration::from_millis(sleep));
+                gaia_branes::answer(out, 200, &format!("waited {sleep} ms\n"));
+            }
+            Ok((sleep, pause)) => trickle(out, Duration::from_millis(pause), sleep / pause),
+            Err(sentence) => gaia_branes::answer(out, 400, &sentence),
+        }
+    }
+}
+
+wasip2::http::proxy::export!(Wait);
