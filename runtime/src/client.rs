@@ -212,16 +212,28 @@ pub fn status_text(s: &Status) -> String {
 #[must_use]
 pub fn ps_text(ps: &Ps) -> String {
     let mut out = format!(
-        "{:<16} {:<20} {:>8} {:>5} {:>8} {:>9} {:>6} {:>5} {:>10}  {}\n",
-        "BRANE", "ROUTE", "REPLICAS", "BUSY", "WAITING", "REQUESTS", "TRAPS", "LATE", "COLD", "IMAGE"
+        "{:<16} {:<20} {:>8} {:>5} {:>8} {:>9} {:>6} {:>5} {:>6} {:>9} {:>10}  {}\n",
+        "BRANE",
+        "ROUTE",
+        "REPLICAS",
+        "BUSY",
+        "WAITING",
+        "REQUESTS",
+        "TRAPS",
+        "LATE",
+        "KILLED",
+        "THROTTLED",
+        "COLD",
+        "IMAGE"
     );
     for b in &ps.branes {
         let cold = Duration::from_nanos(b.cold_mean_ns).as_secs_f64() * 1000.0;
+        let throttled = seconds(Duration::from_nanos(b.throttled_ns).as_secs_f64());
         let digest = b.digest.get(..12).unwrap_or_default();
         let _ = writeln!(
             out,
-            "{:<16} {:<20} {:>8} {:>5} {:>8} {:>9} {:>6} {:>5} {cold:>8.2}ms  {} @{digest}",
-            b.name, b.route, b.replicas, b.busy, b.waiting, b.requests, b.traps, b.late, b.image
+            "{:<16} {:<20} {:>8} {:>5} {:>8} {:>9} {:>6} {:>5} {:>6} {throttled:>9} {cold:>8.2}ms  {} @{digest}",
+            b.name, b.route, b.replicas, b.busy, b.waiting, b.requests, b.traps, b.late, b.killed, b.image
         );
     }
     for worker in &ps.silent {

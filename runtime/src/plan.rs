@@ -50,6 +50,8 @@ pub struct Brane {
     pub replicas: u32,
     /// Bytes an instance's memories and tables may have together.
     pub mem_max: u64,
+    /// Part of one core that an instance may have over any 100 ms, if that is bounded.
+    pub cpu_quota: Option<f64>,
     /// Wall time for a request.
     pub deadline: Duration,
     /// Bytes a request's body may have.

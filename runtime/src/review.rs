@@ -31,10 +31,6 @@ pub fn unsupported(manifest: &Manifest) -> Vec<Diagnostic> {
             let message = format!("{name}: this version cannot run it deterministically");
             all.push(Diagnostic::error(brane.name.span.clone(), message, "is deterministic"));
         }
-        if let Some(quota) = &brane.limits.cpu_quota {
-            let message = format!("{name}: this version does not enforce cpu_quota");
-            all.push(Diagnostic::warning(quota.span.clone(), message, "has no effect yet"));
-        }
         for grant in &brane.capabilities {
             let key = grant.capability.key();
             if let Some(what) = capability::with_key(key).and_then(|c| c.missing(&grant.capability)) {

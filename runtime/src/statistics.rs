@@ -66,7 +66,11 @@ pub struct Brane {
     pub cold_ns: AtomicU64,
     /// What the log holds of it, and what it has dropped.
     pub log: Account,
-    reserved: [AtomicU64; 4],
+    /// Nanoseconds that its instances waited for their quota of the core, summed over all.
+    pub throttled_ns: AtomicU64,
+    /// Instances ended because the host was short of memory: 503, or a reset stream.
+    pub killed: AtomicU64,
+    reserved: [AtomicU64; 2],
 }
 
 /// What one brane, or the worker itself, has in the log.

@@ -8,6 +8,7 @@ mod capabilities;
 mod egress;
 mod hostile;
 mod image;
+mod limits;
 mod memory;
 mod requests;
 mod run;

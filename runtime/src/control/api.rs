@@ -179,6 +179,8 @@ async fn ps(control: &Control) -> Ps {
             traps: sum(|b| &b.traps),
             late: sum(|b| &b.late),
             refused: sum(|b| &b.refused),
+            killed: sum(|b| &b.killed),
+            throttled_ns: sum(|b| &b.throttled_ns),
             cold_mean_ns: sum(|b| &b.cold_ns).checked_div(made).unwrap_or(0),
         }
     });

@@ -291,6 +291,7 @@ fn planned_brane(brane: &Brane, compiled: &Compiled, needs: plan::Needs) -> plan
         grants: brane.capabilities.iter().map(|grant| grant.capability.clone()).collect(),
         replicas: brane.replicas,
         mem_max: brane.limits.mem_max.value,
+        cpu_quota: brane.limits.cpu_quota.as_ref().map(|quota| quota.value),
         deadline: brane.limits.deadline,
         body_max: brane.limits.body_max,
     }

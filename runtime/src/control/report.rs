@@ -105,6 +105,10 @@ pub struct Brane {
     pub late: u64,
     /// Refused because the queue was too long.
     pub refused: u64,
+    /// Ended because the host was short of memory.
+    pub killed: u64,
+    /// Nanoseconds that its instances waited for their quota of the core.
+    pub throttled_ns: u64,
     /// Mean nanoseconds from dispatch to the guest's first instruction.
     pub cold_mean_ns: u64,
 }

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
@@ -14,6 +15,7 @@ use wasmtime::{Engine, Store, UpdateDeadline};
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
 use super::host::{HANDLES, Host, Means};
+use super::turns::{Replica, Replicas, Turns};
 use crate::capability::Granted;
 use crate::log::{Log, Subject};
 use crate::{engine, link, plan, statistics};
@@ -59,6 +61,8 @@ pub struct Brane {
     log: Arc<Log>,
     granted: Granted,
     means: Rc<Means>,
+    /// Its replicas' windows, if it has a quota.
+    replicas: Option<Rc<Replicas>>,
     made: Cell<u64>,
     running: RefCell<BTreeMap<u64, Instant>>,
 }
@@ -98,6 +102,7 @@ impl Brane {
             log,
             granted,
             means,
+            replicas: plan.cpu_quota.and_then(|quota| Replicas::new(slots, quota)),
             made: Cell::new(0),
             running: RefCell::default(),
         })
@@ -112,7 +117,9 @@ impl Brane {
         let at = |source| Error { name: self.plan.name.clone(), step: "first instance", source };
         let mut store = self.store(0);
         let late = |_| wasmtime::format_err!("its start has not ended after {} s", FIRST_WITHIN.as_secs());
-        let made = tokio::time::timeout(FIRST_WITHIN, self.pre.instantiate_async(&mut store)).await;
+        let (cpu, throttled) = Default::default();
+        let work = self.turns().run(self.pre.instantiate_async(&mut store), &cpu, None, &throttled);
+        let made = tokio::time::timeout(FIRST_WITHIN, work).await;
         made.map_err(late).and_then(|made| made).map(drop).map_err(at)
     }
 
@@ -125,11 +132,32 @@ impl Brane {
         store.limiter(|host| &mut host.memory);
         store.set_hostcall_fuel(HOST_CALL);
         store.set_max_component_handles(HANDLES);
-        // At each tick the guest lets others run; deadlines are the business of whoever waits for it. By tokio's own
-        // yield, which waits until the event loop has turned: Wasmtime's would only pass the turn to the next task.
+        // At each tick the guest lets others run: when it goes on, `Turns::run` decides. Deadlines are the business of
+        // whoever waits for it.
+        let yielded = Arc::clone(&self.means.turns.yielded);
         store.set_epoch_deadline(1);
-        store.epoch_deadline_callback(|_| Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now()))));
+        store.epoch_deadline_callback(move |_| {
+            yielded.store(true, Relaxed);
+            // Wakes nobody, as Wasmtime's own yield does: that would be its next turn at once.
+            let mut polled = false;
+            let once = std::future::poll_fn(move |_| {
+                if std::mem::replace(&mut polled, true) { Poll::Ready(()) } else { Poll::Pending }
+            });
+            Ok(UpdateDeadline::YieldCustom(1, Box::pin(once)))
+        });
         store
+    }
+
+    /// The order of turns on its core.
+    #[must_use]
+    pub fn turns(&self) -> &Turns {
+        &self.means.turns
+    }
+
+    /// Takes a replica, if the brane has a quota. Only for who has one of its slots.
+    #[must_use]
+    pub fn replica(&self) -> Option<Replica> {
+        self.replicas.as_ref()?.take(self.turns())
     }
 
     /// Its linked component.

@@ -16,6 +16,7 @@ use wasmtime_wasi::random::WasiRandomCtx;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
+use super::turns::Turns;
 use crate::capability::http::Requests;
 use crate::capability::{Granted, Instance, Network, clock, sockets, tmp};
 use crate::log::{Event, Log, MAX_TEXT, Stream, Subject};
@@ -59,6 +60,8 @@ pub struct Means {
     pub reaping: Cell<bool>,
     /// The way out, if a brane is granted one.
     pub network: Option<Network>,
+    /// The order of guests' turns.
+    pub turns: Turns,
 }
 
 /// Chunks of 64 KiB that a worker keeps, zeroed, for the next file system.
@@ -66,7 +69,12 @@ const SPARE_CHUNKS: usize = 16;
 
 impl Default for Means {
     fn default() -> Self {
-        Self { reaper: Reaper::new(Arc::new(Unlimited), SPARE_CHUNKS), reaping: Cell::new(false), network: None }
+        Self {
+            reaper: Reaper::new(Arc::new(Unlimited), SPARE_CHUNKS),
+            reaping: Cell::new(false),
+            turns: Turns::default(),
+            network: None,
+        }
     }
 }
 

@@ -10,6 +10,7 @@ pub mod host;
 pub mod linger;
 pub mod route;
 pub mod serve;
+pub mod turns;
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -38,8 +39,6 @@ use crate::plan::{self, Plan};
 use crate::statistics::{Statistics, While};
 use brane::Brane;
 
-/// How often a running guest lets others run. Shorter costs more switches, longer more latency for its neighbours.
-const TICK: Duration = Duration::from_millis(5);
 /// How often the worker shows init that its loop turns.
 const BEAT: Duration = Duration::from_secs(1);
 /// A connection must send a request's whole head within this, and may be idle between requests for as long.
@@ -67,6 +66,8 @@ pub struct Worker {
     pub log: Arc<Log>,
     /// What its branes ask control for, if one may ask.
     pub names: Option<Arc<conversation::Names>>,
+    /// What it has for all branes.
+    pub means: Rc<host::Means>,
 }
 
 /// One line on standard error, which is the kernel's log on the appliance. It never blocks there.
@@ -121,7 +122,8 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let branes = link_all(&plan, &artefacts, &log, &means)?;
     drop(artefacts);
     // Before the first instance is made: its start may be the first thing that must be interrupted.
-    tick(branes.iter().map(|b| b.engine.clone()).collect(), place, descriptors.take("tick").ok())?;
+    let engines = branes.iter().map(|b| b.engine.clone()).collect();
+    tick(engines, means.turns.ticker(), place, descriptors.take("tick").ok())?;
     local.block_on(&runtime, async {
         for brane in &branes {
             brane.first_instance().await?;
@@ -130,7 +132,7 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     })?;
     let names = means.network.as_ref().map(|network| Arc::clone(&network.names));
     let (core, number, workers) = (place.core, place.number, plan.workers);
-    let worker = Rc::new(Worker { core, number, workers, branes, statistics, log, names });
+    let worker = Rc::new(Worker { core, number, workers, branes, statistics, log, names, means });
     local.block_on(&runtime, live(worker, descriptors))
 }
 
@@ -151,7 +153,12 @@ fn link_all(
 
 /// Starts the thread that ticks all engines' epochs, on the housekeeping cores. It must be a thread: a task would wait
 /// behind the very guest that it is to interrupt.
-fn tick(engines: Vec<Engine>, place: &Place, group: Option<OwnedFd>) -> anyhow::Result<()> {
+fn tick(
+    engines: Vec<Engine>,
+    ticked: impl Fn() + Send + 'static,
+    place: &Place,
+    group: Option<OwnedFd>,
+) -> anyhow::Result<()> {
     let (core, cores) = (place.core, place.housekeeping.clone());
     let body = move || {
         if let Some(group) = group {
@@ -166,7 +173,8 @@ fn tick(engines: Vec<Engine>, place: &Place, group: Option<OwnedFd>) -> anyhow::
         }
         let _ = rustix::thread::sched_setaffinity(None, &set);
         loop {
-            std::thread::sleep(TICK);
+            std::thread::sleep(turns::TICK);
+            ticked();
             engines.iter().for_each(Engine::increment_epoch);
         }
     };
@@ -252,6 +260,7 @@ async fn accept(
         match accepted {
             Ok((stream, peer, place)) => {
                 let counters = &worker.statistics;
+                worker.means.turns.something_was_done();
                 counters.worker.accepted.fetch_add(1, Relaxed);
                 let open = While::counted(counters, |page| &page.worker.open);
                 let fresh = While::counted(counters, |page| &page.worker.fresh);
@@ -295,17 +304,20 @@ async fn serve_connection(connection: Rc<serve::Connection>, stream: TcpStream, 
         .header_read_timeout(HEAD_WITHIN)
         .max_buf_size(CONNECTION_BUFFER)
         .serve_connection(TokioIo::new(stream), service);
+    let turns = &connection.worker.means.turns;
     let mut http = std::pin::pin!(http);
     // What goes wrong on a connection is the client's to know: it sees it end.
     tokio::select! {
         biased;
-        _ = http.as_mut() => return,
+        _ = turns.before_others(http.as_mut()) => return,
         _ = phase.wait_for(|p| *p == Phase::Draining) => {}
     }
     // Accepted, and its first request may be on its way: it gets a moment, and its answer.
-    if connection.fresh.borrow().is_some() && tokio::time::timeout(FIRST_HEAD_WITHIN, http.as_mut()).await.is_ok() {
+    if connection.fresh.borrow().is_some()
+        && tokio::time::timeout(FIRST_HEAD_WITHIN, turns.before_others(http.as_mut())).await.is_ok()
+    {
         return;
     }
     http.as_mut().graceful_shutdown();
-    let _ = http.await;
+    let _ = turns.before_others(http).await;
 }

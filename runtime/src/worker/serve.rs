@@ -26,6 +26,7 @@ use wasmtime_wasi_http::{Error, WasiHttpView as _};
 use super::Worker;
 use super::brane::Brane;
 use super::route;
+use super::turns::thread_cpu;
 use crate::log::{Event, Subject};
 use crate::statistics::While;
 
@@ -127,24 +128,6 @@ impl Drop for Exchange {
             self.log(&Event::End { cold, exec, ready: false, text: text.into() });
         }
     }
-}
-
-/// Does the work, and adds up the processor time of its turns.
-async fn metered<F: Future>(work: F, cpu: &Cell<Duration>) -> F::Output {
-    let mut work = std::pin::pin!(work);
-    std::future::poll_fn(|cx| {
-        let before = thread_cpu();
-        let polled = work.as_mut().poll(cx);
-        cpu.set(cpu.get() + thread_cpu().saturating_sub(before));
-        polled
-    })
-    .await
-}
-
-/// The processor time that this thread has had.
-fn thread_cpu() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
 /// An answer that the runtime gives itself.
@@ -366,7 +349,9 @@ async fn run(
     deadline: Instant,
 ) -> Ended {
     let brane = &guest.brane;
-    let dispatched = Instant::now();
+    let turns = brane.turns();
+    turns.something_was_done();
+    let replica = brane.replica();
     let mut store = brane.store(guest.serial);
     let mut http = store.data_mut().http();
     let request = match http.new_incoming_request(Scheme::Http, request) {
@@ -378,13 +363,16 @@ async fn run(
         Err(e) => return guest.failed("response", &e),
     };
     let work = async {
+        // What it waited for its quota is not its start.
+        let dispatched = Instant::now();
         let proxy = brane.pre().instantiate_async(&mut store).await.map_err(|e| guest.failed("instantiate", &e))?;
         let cold = dispatched.elapsed();
         brane.count().cold_ns.fetch_add(u64::try_from(cold.as_nanos()).unwrap_or(u64::MAX), Relaxed);
         guest.exchange.instance.set(Some((cold, Instant::now())));
         Ok(proxy.wasi_http_incoming_handler().call_handle(&mut store, request, outparam).await)
     };
-    let ended = match tokio::time::timeout_at(deadline.into(), metered(work, &guest.exchange.cpu)).await {
+    let work = turns.run(work, &guest.exchange.cpu, replica.as_ref(), &brane.count().throttled_ns);
+    let ended = match tokio::time::timeout_at(deadline.into(), work).await {
         Err(_) => Ended::Late,
         Ok(Err(ended)) => ended,
         Ok(Ok(Ok(()))) => Ended::Returned,
@@ -399,7 +387,13 @@ async fn run(
     }
     guest.exchange.exec.set(guest.exchange.instance.get().map(|(_, since)| since.elapsed()));
     // The store first: what the instance held must be back in the pool before the slot is free.
-    drop(store);
+    if let Some(replica) = replica {
+        let before = thread_cpu();
+        drop(store);
+        replica.charge(turns, thread_cpu().saturating_sub(before));
+    } else {
+        drop(store);
+    }
     drop(permit);
     ended
 }

@@ -1,0 +1,250 @@
+//! The limits of a brane: its part of a core, its deadline, its memory. These need no virtual machine.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use gaia_tests::http;
+use gaia_tests::workstation::{Folder, Run};
+
+/// Rounds of `burn` that do not end.
+const FOREVER: &str = "n=1000000000000000";
+/// What the quota is promised over.
+const PERIOD: Duration = Duration::from_millis(100);
+/// What may be measured in any period with half a core: the quota, and the 5 ms in which the kernel's own count is late and
+/// the connection's share comes on top.
+const AT_MOST: Duration = Duration::from_millis(55);
+/// How long a tick is.
+const TICK: Duration = Duration::from_millis(5);
+
+/// One worker, so that all branes are on one core whatever connection goes where.
+fn alone(graph: &str) -> (Folder, Run) {
+    let folder = Folder::with(graph).unwrap();
+    let run = folder.run(&["--workers", "1"]).unwrap().serving().unwrap();
+    (folder, run)
+}
+
+/// The process of the only worker.
+fn worker(run: &Run) -> i64 {
+    let status = run.ask("status").unwrap();
+    let roles = status["roles"].as_array().unwrap();
+    let worker = roles.iter().find(|r| r["name"].as_str().unwrap().starts_with("worker")).unwrap();
+    worker["pid"].as_i64().unwrap()
+}
+
+/// A number of a brane in `gaia ps`.
+fn of(run: &Run, brane: &str, what: &str) -> u64 {
+    let ps = run.ask("ps").unwrap();
+    ps["branes"].as_array().unwrap().iter().find(|b| b["name"] == brane).unwrap()[what].as_u64().unwrap()
+}
+
+fn until(what: &str, mut there: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !there() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Sends requests from so many clients, one after the other, while something else is done.
+fn meanwhile<T>(run: &Run, clients: usize, path: &str, work: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..clients {
+            scope.spawn(|| {
+                while !stop.load(Relaxed) {
+                    // Some only end with the client's patience.
+                    let _ = http::get(run.port, path, Duration::from_secs(12));
+                }
+            });
+        }
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        stop.store(true, Relaxed);
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// What the main thread of a process had of its core, and how long it was kept from it by others, until now.
+fn schedstat(pid: i64) -> (Duration, Duration) {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/schedstat")).unwrap();
+    let mut nanos = text.split_whitespace().map(|n| Duration::from_nanos(n.parse().unwrap()));
+    (nanos.next().unwrap(), nanos.next().unwrap())
+}
+
+/// What a thread had of its core.
+struct Had {
+    /// The most in any 100 ms.
+    most: Duration,
+    /// In 100 ms, on average.
+    mean: Duration,
+    /// The same of the time in which no other process kept it from the core.
+    unhindered: Duration,
+}
+
+/// Samples the main thread of a process about each millisecond.
+fn had(pid: i64, during: Duration) -> Had {
+    let sample = || {
+        let (run, kept) = schedstat(pid);
+        (Instant::now(), run, kept)
+    };
+    let first = sample();
+    let mut all = vec![first];
+    while first.0.elapsed() < during {
+        std::thread::sleep(Duration::from_micros(900));
+        all.push(sample());
+    }
+    let mut most = Duration::ZERO;
+    let mut end = 0;
+    for (from, before, _) in &all {
+        while end + 1 < all.len() && all[end + 1].0 - *from <= PERIOD {
+            end += 1;
+        }
+        most = most.max(all[end].1.saturating_sub(*before));
+    }
+    let last = all[all.len() - 1];
+    let (run, wall, kept) = (last.1.abs_diff(first.1), last.0 - first.0, last.2.abs_diff(first.2));
+    let part = |of: Duration| PERIOD.mul_f64(run.div_duration_f64(of));
+    Had { most, mean: part(wall), unhindered: part(wall.saturating_sub(kept)) }
+}
+
+const HALF: &str = r#"
+[brane.burn]
+image = "file:./burn.wasm"
+replicas = 1
+limits = { cpu_quota = 0.5, deadline = "30s" }
+"#;
+
+/// Would miss: a quota kept only on average, or only within one instance; one that costs more than it should.
+#[test]
+fn half_a_core_is_half_of_any_100_ms() {
+    let (_folder, run) = alone(HALF);
+    let pid = worker(&run);
+    // The last takes about 2 ms each: many instances, one replica.
+    for (what, clients, path) in [
+        ("one that spins", 1, format!("/burn?{FOREVER}")),
+        ("short requests, one after the other", 1, "/burn?n=2000000".to_owned()),
+        ("short requests, many at a time", 8, "/burn?n=2000000".to_owned()),
+    ] {
+        let had = meanwhile(&run, clients, &path, || {
+            until("it is at work", || of(&run, "burn", "throttled_ns") > 0);
+            had(pid, Duration::from_secs(10))
+        });
+        println!(
+            "{what}: at most {:?} in 100 ms, {:?} on average, {:?} unhindered",
+            had.most, had.mean, had.unhindered
+        );
+        assert!(had.most <= AT_MOST, "{what}: {:?}", had.most);
+        assert!(had.unhindered >= Duration::from_millis(45), "{what}: {:?}", had.unhindered);
+        until("the last has ended", || of(&run, "burn", "busy") == 0);
+    }
+    let throttled = Duration::from_nanos(of(&run, "burn", "throttled_ns"));
+    assert!(throttled > Duration::from_secs(5), "{throttled:?}");
+}
+
+const TWO: &str = r#"
+[brane.burn]
+image = "file:./burn.wasm"
+replicas = 4
+limits = { cpu_quota = 0.5, deadline = "5m" }
+
+[brane.free]
+image = "file:./burn.wasm"
+replicas = 4
+limits = { deadline = "5m" }
+
+[brane.quiet]
+image = "file:./hello.wasm"
+"#;
+
+/// How long `quiet` takes to answer, without what other processes keep the worker from its core; sorted.
+fn latencies(run: &Run, worker: i64) -> Vec<Duration> {
+    let one = |_| {
+        let (began, (_, kept)) = (Instant::now(), schedstat(worker));
+        assert_eq!(run.get("/quiet").unwrap().status, 200);
+        let took = began.elapsed().saturating_sub(schedstat(worker).1.saturating_sub(kept));
+        // At another moment of the tick.
+        std::thread::sleep(Duration::from_micros(17_300));
+        took
+    };
+    let mut all: Vec<_> = (0..200).map(one).collect();
+    all.sort();
+    all
+}
+
+/// Would miss: latency that grows with the number of guests that spin, with a quota or without.
+#[test]
+fn a_neighbour_costs_a_tick_however_many_guests_it_spins_in() {
+    let (_folder, run) = alone(TWO);
+    let pid = worker(&run);
+    let alone = latencies(&run, pid);
+    for (brane, clients) in [("burn", 4), ("free", 1), ("free", 4)] {
+        let beside = meanwhile(&run, clients, &format!("/{brane}?{FOREVER}"), || {
+            until("they are at work", || of(&run, brane, "busy") == clients as u64);
+            latencies(&run, pid)
+        });
+        let at = |all: &[Duration], percent: usize| all[all.len() * percent / 100];
+        println!(
+            "alone p50 {:?} p90 {:?}; beside {clients} of {brane} p50 {:?} p90 {:?}",
+            at(&alone, 50),
+            at(&alone, 90),
+            at(&beside, 50),
+            at(&beside, 90)
+        );
+        // A tick of the one that runs, and what the kernel takes to switch between the worker and the client.
+        for percent in [50, 90] {
+            assert!(at(&beside, percent) <= at(&alone, percent) + TICK + Duration::from_millis(3), "p{percent}");
+        }
+        until("the last has ended", || of(&run, brane, "busy") == 0);
+    }
+}
+
+const LATE: &str = r#"
+[brane.burn]
+image = "file:./burn.wasm"
+limits = { deadline = "200ms" }
+
+[brane.slow]
+image = "file:./burn.wasm"
+limits = { deadline = "200ms", cpu_quota = 0.1 }
+
+[brane.wait]
+image = "file:./wait.wasm"
+capability = { "clock" = { resolution = "ms" } }
+limits = { deadline = "200ms" }
+"#;
+
+/// Would miss: a guest that is only looked at when it does something, or only when it does nothing.
+#[test]
+fn whatever_a_guest_does_it_ends_at_its_deadline() {
+    let (_folder, run) = alone(LATE);
+    let get = |path: &str| {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: appliance\r\nConnection: close\r\n\r\n");
+        let began = Instant::now();
+        let answer = http::raw(run.port, request.as_bytes(), Duration::from_secs(10));
+        (began.elapsed(), answer)
+    };
+    let (took, answer) = get("/wait?sleep_ms=50");
+    assert_eq!(answer.unwrap().text(), "waited 50 ms\n");
+    assert!(took >= Duration::from_millis(50));
+    assert_eq!(get("/wait?sleep_ms=50&trickle_ms=5").1.unwrap().text(), "..........");
+    for (brane, path, status) in [
+        ("burn", format!("/burn?{FOREVER}"), Some(504)),
+        ("slow", format!("/slow?{FOREVER}"), Some(504)),
+        ("wait", "/wait?sleep_ms=10000".to_owned(), Some(504)),
+        ("wait", "/wait?sleep_ms=10000&trickle_ms=10".to_owned(), None),
+    ] {
+        let before = of(&run, brane, "late");
+        let one = |_| {
+            let (took, answer) = get(&path);
+            assert_eq!(answer.ok().map(|a| a.status), status, "{path}");
+            until("the instance is gone", || of(&run, brane, "busy") == 0);
+            took
+        };
+        let mut all: Vec<_> = (0..10).map(one).collect();
+        all.sort();
+        println!("{path}: ended after {:?} to {:?}", all[0], all[9]);
+        assert!(all[0] >= Duration::from_millis(200), "{path}: {all:?}");
+        // One may have met another process on its core.
+        assert!(all[8] <= Duration::from_millis(250), "{path}: {all:?}");
+        assert_eq!(of(&run, brane, "late"), before + 10, "{path}");
+    }
+}
