@@ -57,6 +57,8 @@ pub struct Options {
     pub dns: Vec<SocketAddr>,
     /// Files with certificates of authorities that requests to the outside trust besides, in PEM.
     pub roots: Vec<PathBuf>,
+    /// Bytes of memory that all workers together may have; half of the machine's, if not said.
+    pub memory: Option<u64>,
 }
 
 /// Reads the address of a name server, which has port 53 unless it says another.
@@ -96,7 +98,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     for root in &options.roots {
         File::open(root).with_context(|| format!("{}", root.display()))?;
     }
-    let mut launcher = Launcher::new(options, folder.into(), &own)?;
+    let mut launcher = Launcher::new(options, folder.into(), &own, cores.workers.len())?;
     launcher.say("not enforced here: users of their own and cgroups; the appliance has both");
     launcher.say(&format!("{cores}; operate it with: gaia --api {} ps", own.socket().display()));
     let mut supervisor = Supervisor::new(launcher, cores, listeners, &[Kind::Control, Kind::Log])?;
@@ -171,6 +173,8 @@ struct Launcher {
     dns: Vec<SocketAddr>,
     roots: Vec<String>,
     null: OwnedFd,
+    /// Bytes of memory that each worker may have.
+    memory: u64,
     /// What waits for standard error.
     lines: Lines,
     error: OwnedFd,
@@ -178,13 +182,16 @@ struct Launcher {
 }
 
 impl Launcher {
-    fn new(options: &Options, folder: OwnedFd, own: &Own) -> io::Result<Self> {
+    fn new(options: &Options, folder: OwnedFd, own: &Own, workers: usize) -> io::Result<Self> {
         let dns = match options.dns.as_slice() {
             [] => name_servers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default()),
             said => said.to_vec(),
         };
         let absolute = |root: &PathBuf| Ok(std::path::absolute(root)?.to_string_lossy().into_owned());
+        let info = rustix::system::sysinfo();
+        let memory = options.memory.unwrap_or(info.totalram * u64::from(info.mem_unit) / 2);
         Ok(Self {
+            memory: memory / workers.max(1) as u64,
             dns,
             roots: options.roots.iter().map(absolute).collect::<io::Result<_>>()?,
             file: options.file.to_string_lossy().into_owned(),
@@ -274,6 +281,7 @@ impl Machine for Launcher {
                 all.push(("GAIA_ROOTS".into(), self.roots.join("\n")));
                 all
             }
+            Kind::Worker => vec![("GAIA_MEMORY".into(), self.memory.to_string())],
             Kind::Log => vec![("GAIA_API".into(), self.socket.clone())],
             _ => Vec::new(),
         }

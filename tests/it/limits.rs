@@ -248,3 +248,88 @@ fn whatever_a_guest_does_it_ends_at_its_deadline() {
         assert_eq!(of(&run, brane, "late"), before + 10, "{path}");
     }
 }
+
+const FULL: &str = r#"
+[brane.touch]
+image = "file:./touch.wasm"
+replicas = 24
+
+[brane.grow]
+image = "file:./grow.wasm"
+replicas = 24
+
+[brane.quiet]
+image = "file:./hello.wasm"
+replicas = 4
+"#;
+
+/// What the workers may have, in MiB: a tenth of what the guests ask for.
+const BUDGET_MIB: u64 = 256;
+
+/// A number of KiB in a process's status.
+fn kib(pid: i64, name: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
+    line.trim().split(' ').next().unwrap().parse().unwrap()
+}
+
+/// Would miss: guests that take what the machine has, together; one whose end costs the others their answer; a worker that
+/// is ended instead.
+#[test]
+fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
+    let folder = Folder::with(FULL).unwrap();
+    let memory = format!("{BUDGET_MIB}MiB");
+    let run = folder.run(&["--workers", "1", "--memory", &memory]).unwrap().serving().unwrap();
+    let pid = worker(&run);
+    println!("before: {} MiB", kib(pid, "VmRSS") / 1024);
+    let (mut most, mut answers) = (0, 0);
+    let stop = Instant::now() + Duration::from_secs(8);
+    let got = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..48)
+            .map(|client| {
+                let path = if client % 2 == 0 { "/touch" } else { "/grow?mib=60" };
+                let run = &run;
+                scope.spawn(move || {
+                    let mut answers = Vec::new();
+                    while Instant::now() < stop {
+                        answers.push(http::get(run.port, path, Duration::from_secs(30)).unwrap());
+                    }
+                    answers
+                })
+            })
+            .collect();
+        while Instant::now() < stop {
+            assert_eq!(run.get("/quiet").unwrap().text(), "hello\n");
+            answers += 1;
+            most = most.max(kib(pid, "VmRSS"));
+        }
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect::<Vec<_>>()
+    });
+    most = most.max(kib(pid, "VmHWM"));
+    let count = |what: &dyn Fn(&http::Answer) -> bool| got.iter().filter(|answer| what(answer)).count();
+    let whole = count(&|a| a.status == 200 && (a.text() == "got 60 of 60 MiB\n" || a.text().starts_with("touched")));
+    let less = count(&|a| a.status == 200) - whole;
+    let (trapped, ended) = (count(&|a| a.status == 500), count(&|a| a.status == 503));
+    let killed = of(&run, "touch", "killed") + of(&run, "grow", "killed");
+    println!(
+        "at most {} MiB of {BUDGET_MIB}; of {} guests {whole} got all, {less} less, {trapped} trapped, {ended} were ended; \
+         {answers} answers of the other brane",
+        most / 1024,
+        got.len()
+    );
+    assert_eq!(worker(&run), pid, "the same worker lives");
+    assert!(most < BUDGET_MIB * 1024, "{most} KiB");
+    assert_eq!(whole + less + trapped + ended, got.len(), "nothing else became of any");
+    assert!(less + trapped > 0, "growth was never refused");
+    assert!(killed > 0 && ended > 0, "no instance was ended");
+    let told = |lines: &[String]| lines.iter().filter(|l| l.contains(" KILL memory: ")).count() as u64 == killed;
+    run.output.until(Duration::from_secs(10), told).unwrap();
+    assert!(
+        !run.output
+            .all()
+            .iter()
+            .any(|line| line.contains(" quiet") && !line.contains(" RES 200 ") && !line.contains(" END "))
+    );
+    until("it is over", || of(&run, "grow", "busy") + of(&run, "touch", "busy") == 0);
+    assert_eq!(run.get("/grow?mib=60").unwrap().text(), "got 60 of 60 MiB\n", "there is enough again");
+}

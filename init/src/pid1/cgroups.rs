@@ -38,7 +38,8 @@ fn memory_bounds(total: u64) -> (u64, u64) {
     (half, total.saturating_sub(total / 16 + (64 << 20)).max(half))
 }
 
-/// Open membership files: writing "0" moves the writer. The kernel checks who opened the file, not who writes.
+/// Open membership files: writing "0" moves the writer. The kernel checks who opened the file, not who writes. And what
+/// the workers read to know how much memory they have taken.
 pub(crate) struct Groups {
     /// `system/cgroup.procs`
     pub(crate) system: OwnedFd,
@@ -46,6 +47,10 @@ pub(crate) struct Groups {
     pub(crate) workers: OwnedFd,
     /// `workers/tick/cgroup.threads`
     pub(crate) tick: OwnedFd,
+    /// `workers/memory.current`, for reading
+    pub(crate) memory: OwnedFd,
+    /// Bytes in `workers/memory.max`.
+    pub(crate) memory_max: u64,
     /// `workers/core-N/cgroup.threads`, by core
     pub(crate) cores: Vec<(usize, OwnedFd)>,
 }
@@ -91,13 +96,15 @@ impl Groups {
             }
         }
         let groups = Self {
-            system: open("system/cgroup.procs")?,
-            workers: open("workers/cgroup.procs")?,
-            tick: open("workers/tick/cgroup.threads")?,
+            system: open("system/cgroup.procs", OFlags::WRONLY)?,
+            workers: open("workers/cgroup.procs", OFlags::WRONLY)?,
+            tick: open("workers/tick/cgroup.threads", OFlags::WRONLY)?,
+            memory: open("workers/memory.current", OFlags::RDONLY)?,
+            memory_max: workers,
             cores: cores
                 .workers
                 .iter()
-                .map(|core| Ok((*core, open(&format!("workers/core-{core}/cgroup.threads"))?)))
+                .map(|core| Ok((*core, open(&format!("workers/core-{core}/cgroup.threads"), OFlags::WRONLY)?)))
                 .collect::<Result<_, Failure>>()?,
         };
         let said =
@@ -115,8 +122,8 @@ fn put(file: &str, text: &str) -> Result<(), String> {
     fs::write(format!("{ROOT}/{file}"), text).map_err(|e| format!("\"{text}\" to {file}: {e}"))
 }
 
-fn open(file: &str) -> Result<OwnedFd, Failure> {
-    rustix::fs::open(format!("{ROOT}/{file}"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+fn open(file: &str, to: OFlags) -> Result<OwnedFd, Failure> {
+    rustix::fs::open(format!("{ROOT}/{file}"), to | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| format!("{file}: {e}").into())
 }
 

@@ -105,7 +105,10 @@ impl Machine for Appliance {
                 add("api", self.api.as_ref());
                 add("seed", self.seed.as_ref());
             }
-            Kind::Worker => add("tick", Some(&self.groups.tick)),
+            Kind::Worker => {
+                add("tick", Some(&self.groups.tick));
+                add("memory", Some(&self.groups.memory));
+            }
             _ => {}
         }
         all
@@ -119,6 +122,7 @@ impl Machine for Appliance {
                 ("GAIA_CONSOLE".into(), self.console_mode.into()),
                 ("TERM".into(), "vt100".into()),
             ],
+            Kind::Worker => vec![("GAIA_MEMORY".into(), self.groups.memory_max.to_string())],
             #[cfg(feature = "debug-role")]
             Kind::Debug => vec![("GAIA_API".into(), API.into())],
             _ => Vec::new(),

@@ -15,6 +15,7 @@ use wasmtime::{Engine, Store, UpdateDeadline};
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
 use super::host::{HANDLES, Host, Means};
+use super::memory::Held;
 use super::turns::{Replica, Replicas, Turns};
 use crate::capability::Granted;
 use crate::log::{Log, Subject};
@@ -64,7 +65,7 @@ pub struct Brane {
     /// Its replicas' windows, if it has a quota.
     replicas: Option<Rc<Replicas>>,
     made: Cell<u64>,
-    running: RefCell<BTreeMap<u64, Instant>>,
+    running: RefCell<BTreeMap<u64, (Instant, Arc<Held>)>>,
 }
 
 impl Brane {
@@ -115,7 +116,7 @@ impl Brane {
     /// What went wrong, or that it took more than 20 seconds.
     pub async fn first_instance(&self) -> Result<(), Error> {
         let at = |source| Error { name: self.plan.name.clone(), step: "first instance", source };
-        let mut store = self.store(0);
+        let mut store = self.store(0, Arc::default());
         let late = |_| wasmtime::format_err!("its start has not ended after {} s", FIRST_WITHIN.as_secs());
         let (cpu, throttled) = Default::default();
         let work = self.turns().run(self.pre.instantiate_async(&mut store), &cpu, None, &throttled);
@@ -123,12 +124,12 @@ impl Brane {
         made.map_err(late).and_then(|made| made).map(drop).map_err(at)
     }
 
-    /// A store for one fresh instance with this serial number.
+    /// A store for one fresh instance with this serial number, which tells `held` what it is granted.
     #[must_use]
-    pub fn store(&self, serial: u64) -> Store<Host> {
+    pub fn store(&self, serial: u64, held: Arc<Held>) -> Store<Host> {
         let subject = Subject::Brane(self.index, serial);
-        let mut store =
-            Store::new(&self.engine, Host::new(self.plan.mem_max, &self.granted, &self.means, &self.log, subject));
+        let host = Host::new(self.plan.mem_max, &self.granted, &self.means, &self.log, subject, held);
+        let mut store = Store::new(&self.engine, host);
         store.limiter(|host| &mut host.memory);
         store.set_hostcall_fuel(HOST_CALL);
         store.set_max_component_handles(HANDLES);
@@ -179,13 +180,14 @@ impl Brane {
         &self.log.page().branes[self.index]
     }
 
-    /// The next instance's serial number. Workers count in steps of their number from different starts, so that no
+    /// The next instance's serial number, and where it is seen what it holds. Workers count in steps of their number from different starts, so that no
     /// two of them share one; a worker that was started again begins anew.
-    pub fn begin(&self, worker: u32, workers: u32) -> u64 {
+    pub fn begin(&self, worker: u32, workers: u32) -> (u64, Arc<Held>) {
         let serial = self.made.get() * u64::from(workers) + u64::from(worker) + 1;
         self.made.set(self.made.get() + 1);
-        self.running.borrow_mut().insert(serial, Instant::now());
-        serial
+        let held = Arc::<Held>::default();
+        self.running.borrow_mut().insert(serial, (Instant::now(), Arc::clone(&held)));
+        (serial, held)
     }
 
     /// The instance is gone. What its files held is freed in slices, between which others have their turn: the kernel
@@ -207,6 +209,12 @@ impl Brane {
     #[must_use]
     pub fn running(&self) -> Vec<(u64, u64)> {
         let millis = |since: &Instant| u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.running.borrow().iter().map(|(serial, since)| (*serial, millis(since))).collect()
+        self.running.borrow().iter().map(|(serial, (since, _))| (*serial, millis(since))).collect()
+    }
+
+    /// What each of them holds.
+    #[must_use]
+    pub fn held(&self) -> Vec<Arc<Held>> {
+        self.running.borrow().values().map(|(_, held)| Arc::clone(held)).collect()
     }
 }

@@ -16,6 +16,7 @@ use wasmtime_wasi::random::WasiRandomCtx;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
+use super::memory::{ALWAYS, Held, Pressure};
 use super::turns::Turns;
 use crate::capability::http::Requests;
 use crate::capability::{Granted, Instance, Network, clock, sockets, tmp};
@@ -62,6 +63,8 @@ pub struct Means {
     pub network: Option<Network>,
     /// The order of guests' turns.
     pub turns: Turns,
+    /// How much memory is left.
+    pub pressure: Arc<Pressure>,
 }
 
 /// Chunks of 64 KiB that a worker keeps, zeroed, for the next file system.
@@ -69,12 +72,9 @@ const SPARE_CHUNKS: usize = 16;
 
 impl Default for Means {
     fn default() -> Self {
-        Self {
-            reaper: Reaper::new(Arc::new(Unlimited), SPARE_CHUNKS),
-            reaping: Cell::new(false),
-            turns: Turns::default(),
-            network: None,
-        }
+        let pressure = Arc::<Pressure>::default();
+        let reaper = Reaper::new(Arc::<Pressure>::clone(&pressure), SPARE_CHUNKS);
+        Self { reaper, reaping: Cell::new(false), turns: Turns::default(), pressure, network: None }
     }
 }
 
@@ -96,9 +96,17 @@ impl HasData for Io {
 }
 
 impl Host {
-    /// The host's side of a fresh instance with `mem_max` bytes to grow into, whose lines are `subject`'s.
+    /// The host's side of a fresh instance with `mem_max` bytes to grow into, whose lines are `subject`'s; what it is granted
+    /// is told to `held`.
     #[must_use]
-    pub fn new(mem_max: u64, granted: &Granted, means: &Means, log: &Arc<Log>, subject: Subject) -> Self {
+    pub fn new(
+        mem_max: u64,
+        granted: &Granted,
+        means: &Means,
+        log: &Arc<Log>,
+        subject: Subject,
+        held: Arc<Held>,
+    ) -> Self {
         let voice = Arc::new(Voice { log: Arc::clone(log), subject, begun: Default::default() });
         let output = |stream| Output { voice: Arc::clone(&voice), stream };
         let instance = Arc::new(Instance::new(Arc::clone(log), subject));
@@ -119,7 +127,7 @@ impl Host {
             step,
             since: Instant::now(),
             files: granted.tmp.map(files),
-            memory: Memory::new(mem_max),
+            memory: Memory::new(mem_max, held, Arc::clone(&means.pressure)),
         }
     }
 
@@ -140,6 +148,8 @@ impl Host {
             clock: tmp::clock(None),
         };
         let Files { tmp, clock } = self.files.get_or_insert_with(nothing);
+        // What the last call has changed.
+        self.memory.held.files.store(tmp.held_bytes(), Ordering::Relaxed);
         tmp::TmpView { table: &mut self.table, tmp, clock }
     }
 
@@ -175,14 +185,17 @@ pub struct Memory {
     used: usize,
     most: usize,
     granted: usize,
+    /// Where others see what is used.
+    held: Arc<Held>,
+    pressure: Arc<Pressure>,
 }
 
 /// Bytes of one table element on the host.
 const ELEMENT: usize = size_of::<usize>();
 
 impl Memory {
-    fn new(most: u64) -> Self {
-        Self { used: 0, most: usize::try_from(most).unwrap_or(usize::MAX), granted: 0 }
+    fn new(most: u64, held: Arc<Held>, pressure: Arc<Pressure>) -> Self {
+        Self { used: 0, most: usize::try_from(most).unwrap_or(usize::MAX), granted: 0, held, pressure }
     }
 
     /// `maximum` is what the module itself declares: beyond it Wasmtime refuses, so nothing may be counted.
@@ -192,9 +205,12 @@ impl Memory {
             return false;
         }
         let more = desired.saturating_sub(current);
+        // What it starts with it gets: a start that fails is a fault, a growth that is refused is not.
+        let due = |used: usize| current == 0 || used <= ALWAYS || self.pressure.is_low();
         match self.used.checked_add(more) {
-            Some(used) if used <= self.most => {
+            Some(used) if used <= self.most && due(used) => {
                 (self.used, self.granted) = (used, more);
+                self.tell();
                 true
             }
             _ => false,
@@ -203,6 +219,11 @@ impl Memory {
 
     fn failed(&mut self) {
         self.used -= std::mem::take(&mut self.granted);
+        self.tell();
+    }
+
+    fn tell(&self) {
+        self.held.memory.store(self.used as u64, Ordering::Relaxed);
     }
 }
 
@@ -336,13 +357,17 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn memory(most: u64) -> Memory {
+        Memory::new(most, Arc::default(), Arc::default())
+    }
+
     fn failure() -> wasmtime::Error {
         wasmtime::format_err!("no room in the pool")
     }
 
     #[test]
     fn memories_and_tables_count_together() {
-        let mut memory = Memory::new(3 << 16);
+        let mut memory = memory(3 << 16);
         assert!(memory.memory_growing(0, 2 << 16, None).unwrap());
         assert!(memory.memory_growing(0, 1 << 16, None).unwrap(), "a second memory fits exactly");
         assert!(!memory.table_growing(0, 1, None).unwrap(), "a table of one element does not");
@@ -351,7 +376,7 @@ mod tests {
 
     #[test]
     fn what_was_granted_and_failed_is_given_back_once() {
-        let mut memory = Memory::new(1 << 20);
+        let mut memory = memory(1 << 20);
         assert!(memory.memory_growing(0, 1 << 19, None).unwrap());
         assert!(memory.memory_growing(1 << 19, 1 << 20, None).unwrap());
         memory.memory_grow_failed(failure()).unwrap();
@@ -365,7 +390,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_sequence_of_growths_passes_the_bound(steps in proptest::collection::vec((0_usize..1 << 20, any::<bool>(), any::<bool>()), 0..50)) {
-            let mut memory = Memory::new(1 << 20);
+            let mut memory = memory(1 << 20);
             let (mut linear, mut table) = (0, 0);
             for (step, is_table, fails) in steps {
                 let (size, unit) = if is_table { (&mut table, ELEMENT) } else { (&mut linear, 1) };

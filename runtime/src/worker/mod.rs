@@ -8,6 +8,7 @@ pub mod brane;
 pub mod conversation;
 pub mod host;
 pub mod linger;
+pub mod memory;
 pub mod route;
 pub mod serve;
 pub mod turns;
@@ -38,6 +39,7 @@ use crate::log::Log;
 use crate::plan::{self, Plan};
 use crate::statistics::{Statistics, While};
 use brane::Brane;
+use memory::Meter;
 
 /// How often the worker shows init that its loop turns.
 const BEAT: Duration = Duration::from_secs(1);
@@ -81,6 +83,8 @@ struct Place {
     core: usize,
     number: u32,
     housekeeping: Vec<usize>,
+    /// Bytes of memory that it may have, or all workers together if they have a cgroup.
+    memory: Option<u64>,
 }
 
 impl Place {
@@ -90,6 +94,7 @@ impl Place {
             core: var("GAIA_CORE")?.parse().context("GAIA_CORE")?,
             number: var("GAIA_WORKER")?.parse().context("GAIA_WORKER")?,
             housekeeping: parse_list(&var("GAIA_HOUSEKEEPING")?).context("GAIA_HOUSEKEEPING is no list of cores")?,
+            memory: var("GAIA_MEMORY").ok().map(|bytes| bytes.parse().context("GAIA_MEMORY")).transpose()?,
         })
     }
 }
@@ -123,7 +128,16 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     drop(artefacts);
     // Before the first instance is made: its start may be the first thing that must be interrupted.
     let engines = branes.iter().map(|b| b.engine.clone()).collect();
-    tick(engines, means.turns.ticker(), place, descriptors.take("tick").ok())?;
+    let mut each = vec![ticker(means.turns.ticker())];
+    if let Some(limit) = place.memory {
+        let meter = match descriptors.take("memory") {
+            Ok(current) => Meter::of_group(current, limit, plan.workers),
+            Err(_) => Meter::of_process(limit)?,
+        };
+        let pressure = Arc::clone(&means.pressure);
+        each.push(ticker(move || pressure.read(&meter)));
+    }
+    tick(engines, each, place, descriptors.take("tick").ok())?;
     local.block_on(&runtime, async {
         for brane in &branes {
             brane.first_instance().await?;
@@ -151,14 +165,16 @@ fn link_all(
     plan.branes.iter().enumerate().map(link).collect()
 }
 
+/// What is done at each tick.
+type Ticker = Box<dyn Fn() + Send>;
+
+fn ticker(each: impl Fn() + Send + 'static) -> Ticker {
+    Box::new(each)
+}
+
 /// Starts the thread that ticks all engines' epochs, on the housekeeping cores. It must be a thread: a task would wait
 /// behind the very guest that it is to interrupt.
-fn tick(
-    engines: Vec<Engine>,
-    ticked: impl Fn() + Send + 'static,
-    place: &Place,
-    group: Option<OwnedFd>,
-) -> anyhow::Result<()> {
+fn tick(engines: Vec<Engine>, each: Vec<Ticker>, place: &Place, group: Option<OwnedFd>) -> anyhow::Result<()> {
     let (core, cores) = (place.core, place.housekeeping.clone());
     let body = move || {
         if let Some(group) = group {
@@ -174,7 +190,9 @@ fn tick(
         let _ = rustix::thread::sched_setaffinity(None, &set);
         loop {
             std::thread::sleep(turns::TICK);
-            ticked();
+            for each in &each {
+                each();
+            }
             engines.iter().for_each(Engine::increment_epoch);
         }
     };
@@ -212,6 +230,7 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
             }
         }
     });
+    tokio::task::spawn_local(shed(Rc::clone(&worker)));
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let begin = |sockets: &[(String, OwnedFd)]| -> anyhow::Result<Vec<JoinHandle<()>>> {
         let accept = |(_, socket): &(String, OwnedFd)| {
@@ -242,6 +261,19 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     Ok(())
+}
+
+/// Ends the largest instances while there is less memory than there must be: as many as hold what is missing, then those
+/// that it takes when the next count is there.
+async fn shed(worker: Rc<Worker>) {
+    loop {
+        let missing = worker.means.pressure.over().await;
+        let all = worker.branes.iter().flat_map(|brane| brane.held()).collect();
+        for held in memory::largest(all, missing) {
+            held.end();
+        }
+        tokio::time::sleep(2 * turns::TICK).await;
+    }
 }
 
 /// Accepts on one socket until the worker drains, no more than there are places for.

@@ -25,6 +25,7 @@ use wasmtime_wasi_http::{Error, WasiHttpView as _};
 
 use super::Worker;
 use super::brane::Brane;
+use super::memory::Held;
 use super::route;
 use super::turns::thread_cpu;
 use crate::log::{Event, Subject};
@@ -208,6 +209,10 @@ async fn dispatch(
             _ if over.load(Relaxed) => Err(too_large()),
             Ok(Ended::Returned) => Err(own(StatusCode::BAD_GATEWAY, "the brane ended without a response")),
             Ok(Ended::Late) => Err(late()),
+            Ok(Ended::Short) => {
+                let short = own(StatusCode::SERVICE_UNAVAILABLE, "memory is short, and the brane had most");
+                Err(Own { retry_after: Some(1), ..short })
+            }
             Ok(Ended::Trap(id)) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, format!("the brane trapped: {id}"))),
             Ok(Ended::Host(id)) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, format!("the runtime failed: {id}"))),
             Err(_) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, "the runtime failed")),
@@ -285,6 +290,8 @@ enum Ended {
     Returned,
     /// The deadline passed.
     Late,
+    /// The host was short of memory, and it had most.
+    Short,
     /// The guest trapped; the instance's name, under which the cause is in the log.
     Trap(String),
     /// The runtime could not do its part; likewise.
@@ -296,6 +303,8 @@ struct Guest {
     exchange: Rc<Exchange>,
     brane: Rc<Brane>,
     serial: u64,
+    /// What the instance holds.
+    held: Arc<Held>,
     /// Set before the instance's part of the answer's stream is dropped, when it ended as it should not.
     broken: Arc<AtomicBool>,
     /// The client sent more than it may: what the guest makes of that is not the guest's fault.
@@ -304,11 +313,11 @@ struct Guest {
 
 impl Guest {
     fn begin(exchange: Rc<Exchange>, brane: Rc<Brane>, broken: Arc<AtomicBool>, over: Arc<AtomicBool>) -> Self {
-        let serial = brane.begin(exchange.worker.number, exchange.worker.workers);
+        let (serial, held) = brane.begin(exchange.worker.number, exchange.worker.workers);
         exchange.subject.set(Subject::Brane(brane.index, serial));
         brane.count().busy.fetch_add(1, Relaxed);
         brane.count().instances.fetch_add(1, Relaxed);
-        Self { exchange, brane, serial, broken, over }
+        Self { exchange, brane, serial, held, broken, over }
     }
 
     /// The instance's name.
@@ -322,6 +331,13 @@ impl Guest {
             self.exchange.log(&Event::Trap { text: cause.root_cause().to_string().into() });
         }
         Ended::Trap(self.id())
+    }
+
+    fn is_short(&self) -> Ended {
+        self.brane.count().killed.fetch_add(1, Relaxed);
+        let text = format!("memory: the host is short of it, and this held {} KiB", self.held.bytes() / 1024);
+        self.exchange.log(&Event::Kill { text: text.into() });
+        Ended::Short
     }
 
     fn failed(&self, what: &str, cause: &wasmtime::Error) -> Ended {
@@ -352,7 +368,7 @@ async fn run(
     let turns = brane.turns();
     turns.something_was_done();
     let replica = brane.replica();
-    let mut store = brane.store(guest.serial);
+    let mut store = brane.store(guest.serial, Arc::clone(&guest.held));
     let mut http = store.data_mut().http();
     let request = match http.new_incoming_request(Scheme::Http, request) {
         Ok(request) => request,
@@ -372,12 +388,17 @@ async fn run(
         Ok(proxy.wasi_http_incoming_handler().call_handle(&mut store, request, outparam).await)
     };
     let work = turns.run(work, &guest.exchange.cpu, replica.as_ref(), &brane.count().throttled_ns);
-    let ended = match tokio::time::timeout_at(deadline.into(), work).await {
-        Err(_) => Ended::Late,
-        Ok(Err(ended)) => ended,
-        Ok(Ok(Ok(()))) => Ended::Returned,
-        Ok(Ok(Err(e))) if e.downcast_ref::<I32Exit>().is_some() => Ended::Returned,
-        Ok(Ok(Err(e))) => guest.trapped(&e),
+    let work = tokio::time::timeout_at(deadline.into(), work);
+    let ended = tokio::select! {
+        biased;
+        () = guest.held.ended() => guest.is_short(),
+        worked = work => match worked {
+            Err(_) => Ended::Late,
+            Ok(Err(ended)) => ended,
+            Ok(Ok(Ok(()))) => Ended::Returned,
+            Ok(Ok(Err(e))) if e.downcast_ref::<I32Exit>().is_some() => Ended::Returned,
+            Ok(Ok(Err(e))) => guest.trapped(&e),
+        },
     };
     if matches!(ended, Ended::Late) {
         guest.exchange.is_late(brane);

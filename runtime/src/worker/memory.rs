@@ -1,0 +1,239 @@
+//! The host's memory: how much of it guests have touched, and what is done before it is used up.
+//!
+//! ```text
+//!  0                                          near        over    limit
+//!  │ instances get what their mem_max allows   │ no more    │ the   │
+//!  │                                           │ growth     │ largest is ended
+//! ```
+//!
+//! What counts is what is touched, not what is declared: on the appliance the count of the workers' cgroup, elsewhere
+//! this process's own resident size. The thread that ticks reads it at each tick, by position from a file that was open
+//! before the worker was sealed: that takes a microsecond, and nothing on the path of a request.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use anyhow::Context as _;
+use gaia_tmpfs::Budget;
+use tokio::sync::Notify;
+
+/// What one worker's guests can touch before the largest is ended, in bytes: for three ticks (one until it is read, one until
+/// the running guest stops, one until the memory is back) at 2 GiB/s, which is what a core touches in pages of 4 KiB.
+/// `make bench` has the figures; half as much again for what the host itself takes meanwhile.
+const OUTRUN: u64 = 48 << 20;
+/// What an instance may always grow to, in bytes, if its `mem_max` allows it: without that, small guests would fail because
+/// large ones have taken all.
+pub const ALWAYS: usize = 1 << 20;
+
+/// Where something happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Marks {
+    /// Growth is refused from here on.
+    near: u64,
+    /// The largest instances are ended from here on.
+    over: u64,
+}
+
+impl Marks {
+    /// Those below `limit`, which so many workers share.
+    ///
+    /// At least a sixteenth is left for what is not counted in pages of guests (tables, sockets, the kernel's own share),
+    /// at most a quarter: where that is less than guests can outrun, the machine is too small to promise anything.
+    fn of(limit: u64, workers: u32) -> Self {
+        let left = (limit / 16).max(u64::from(workers.max(1)) * OUTRUN).min(limit / 4);
+        Self { near: limit - left - left / 2, over: limit - left }
+    }
+}
+
+/// Where the count is read.
+#[derive(Debug)]
+pub struct Meter {
+    file: File,
+    /// Which number in the file, and the bytes of one.
+    field: usize,
+    unit: u64,
+    marks: Marks,
+}
+
+impl Meter {
+    /// Of a cgroup's `memory.current`, whose `limit` so many workers share.
+    #[must_use]
+    pub fn of_group(current: OwnedFd, limit: u64, workers: u32) -> Self {
+        Self { file: current.into(), field: 0, unit: 1, marks: Marks::of(limit, workers) }
+    }
+
+    /// Of this process alone, which may have `limit` bytes.
+    ///
+    /// # Errors
+    /// If `/proc` cannot be read.
+    pub fn of_process(limit: u64) -> anyhow::Result<Self> {
+        let path = "/proc/self/statm";
+        let file = File::open(path).context(path)?;
+        let unit = rustix::param::page_size() as u64;
+        Ok(Self { file, field: 1, unit, marks: Marks::of(limit, 1) })
+    }
+
+    /// Bytes now.
+    fn read(&self) -> io::Result<u64> {
+        let mut text = [0; 128];
+        let read = self.file.read_at(&mut text, 0)?;
+        let number = std::str::from_utf8(&text[..read]).ok().and_then(|text| text.split_whitespace().nth(self.field));
+        let number: u64 = number.and_then(|n| n.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(number.saturating_mul(self.unit))
+    }
+}
+
+/// How much guests have touched, seen from the marks. Written by the thread that ticks, read by all.
+#[derive(Debug, Default)]
+pub struct Pressure {
+    /// Bytes beyond the first mark; 0 while there is enough.
+    beyond_near: AtomicU64,
+    /// Bytes beyond the second.
+    beyond_over: AtomicU64,
+    wake: Notify,
+}
+
+impl Pressure {
+    /// Reads the meter. What cannot be read changes nothing.
+    pub fn read(&self, meter: &Meter) {
+        let Ok(now) = meter.read() else { return };
+        self.beyond_near.store(now.saturating_sub(meter.marks.near), Relaxed);
+        let over = now.saturating_sub(meter.marks.over);
+        self.beyond_over.store(over, Relaxed);
+        if over > 0 {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Whether anything may grow.
+    #[must_use]
+    pub fn is_low(&self) -> bool {
+        self.beyond_near.load(Relaxed) == 0
+    }
+
+    /// Waits until it is beyond the mark at which instances are ended; by how many bytes.
+    pub async fn over(&self) -> u64 {
+        loop {
+            match self.beyond_over.load(Relaxed) {
+                0 => self.wake.notified().await,
+                over => return over,
+            }
+        }
+    }
+}
+
+/// File systems take only while there is enough; what they took counts when it is touched, like all else.
+impl Budget for Pressure {
+    fn take(&self, _: u64) -> bool {
+        self.is_low()
+    }
+
+    fn give_back(&self, _: u64) {}
+}
+
+/// What an instance has been granted, and how to end it.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// Bytes of its memories and tables.
+    pub memory: AtomicU64,
+    /// Bytes of its file system.
+    pub files: AtomicU64,
+    end: Notify,
+}
+
+impl Held {
+    /// All of it.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.memory.load(Relaxed) + self.files.load(Relaxed)
+    }
+
+    /// Has it ended, because memory is short.
+    pub fn end(&self) {
+        self.end.notify_one();
+    }
+
+    /// Waits until it is to end.
+    pub async fn ended(&self) {
+        self.end.notified().await;
+    }
+}
+
+/// The largest of these, as many as hold `wanted` bytes together; the larger first.
+#[must_use]
+pub fn largest(mut all: Vec<Arc<Held>>, wanted: u64) -> Vec<Arc<Held>> {
+    all.sort_by_key(|held| std::cmp::Reverse(held.bytes()));
+    let mut sum = 0;
+    let mut needed = |held: &Arc<Held>| {
+        let needed = sum < wanted;
+        sum += held.bytes();
+        needed
+    };
+    let number = all.iter().take_while(|held| needed(held)).count();
+    all.truncate(number);
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Write as _;
+
+    #[test]
+    fn the_marks_leave_what_guests_can_outrun() {
+        let mib = |limit: u64, workers| {
+            let marks = Marks::of(limit << 20, workers);
+            (marks.near >> 20, marks.over >> 20)
+        };
+        assert_eq!(mib(256, 1), (184, 208));
+        assert_eq!(mib(416, 2), (272, 320));
+        assert_eq!(mib(16_384, 4), (14_848, 15_360));
+        assert_eq!(mib(64, 16), (40, 48), "too little for all, but something");
+    }
+
+    #[test]
+    fn a_cgroup_and_a_process_are_read_as_the_kernel_writes_them() {
+        let mut group = tempfile();
+        let meter = Meter::of_group(group.try_clone().unwrap().into(), 1 << 30, 1);
+        let pressure = Pressure::default();
+        for (bytes, low, over) in
+            [(0, true, false), (1 << 30, false, true), (1000 << 20, false, true), (900 << 20, true, false)]
+        {
+            group.set_len(0).unwrap();
+            std::io::Seek::rewind(&mut group).unwrap();
+            writeln!(group, "{bytes}").unwrap();
+            pressure.read(&meter);
+            assert_eq!((pressure.is_low(), pressure.beyond_over.load(Relaxed) > 0), (low, over), "{bytes}");
+        }
+        let own = Meter::of_process(1 << 30).unwrap();
+        let before = own.read().unwrap();
+        let touched = std::hint::black_box(vec![1_u8; 32 << 20]);
+        assert!(own.read().unwrap() >= before + (30 << 20), "{before}");
+        drop(touched);
+    }
+
+    fn tempfile() -> File {
+        rustix::fs::memfd_create("memory.current", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into()
+    }
+
+    proptest! {
+        #[test]
+        fn the_largest_are_enough_and_no_more(sizes in proptest::collection::vec(0_u64..100, 0..20), wanted in 0_u64..500) {
+            let held = |bytes: &u64| Arc::new(Held { memory: AtomicU64::new(*bytes), ..Held::default() });
+            let chosen = largest(sizes.iter().map(held).collect(), wanted);
+            let sum = |of: &[Arc<Held>]| of.iter().map(|held| held.bytes()).sum::<u64>();
+            prop_assert!(sum(&chosen) >= wanted || chosen.len() == sizes.len());
+            if let Some((_, all_but_the_last)) = chosen.split_last() {
+                prop_assert!(sum(all_but_the_last) < wanted);
+                let least = chosen.iter().map(|held| held.bytes()).min();
+                let larger = sizes.iter().filter(|bytes| Some(**bytes) > least).count();
+                prop_assert!(larger <= chosen.len());
+            }
+        }
+    }
+}
