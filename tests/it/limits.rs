@@ -1,10 +1,10 @@
-//! The limits of a brane: its part of a core, its deadline, its memory. These need no virtual machine.
+//! The limits of a brane: its part of a core, its deadline, its memory. Only the last needs a virtual machine.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use gaia_tests::http;
 use gaia_tests::workstation::{Folder, Run};
+use gaia_tests::{Appliance, Setup, http};
 
 /// Rounds of `burn` that do not end.
 const FOREVER: &str = "n=1000000000000000";
@@ -332,4 +332,50 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
     );
     until("it is over", || of(&run, "grow", "busy") + of(&run, "touch", "busy") == 0);
     assert_eq!(run.get("/grow?mib=60").unwrap().text(), "got 60 of 60 MiB\n", "there is enough again");
+}
+
+/// Would miss: a worker that does not read its cgroup, marks that are too high, a limit that the kernel enforces first.
+#[test]
+fn on_the_appliance_the_kernel_has_nobody_to_kill() {
+    let appliance = Appliance::boot(&Setup::default().graph(FULL)).unwrap();
+    let number = |file: &str| {
+        let text = appliance.read(&format!("/sys/fs/cgroup/workers/{file}")).unwrap();
+        text.trim().parse::<u64>().unwrap() >> 20
+    };
+    let (limit, before) = (number("memory.max"), number("memory.current"));
+    let workers = ["worker@0", "worker@1"].map(|worker| appliance.pid(worker).unwrap());
+    let port = appliance.port().unwrap();
+    let stop = Instant::now() + Duration::from_secs(20);
+    let mut quiet = 0;
+    let got = std::thread::scope(|scope| {
+        let client = |client: usize| {
+            let path = if client.is_multiple_of(2) { "/touch" } else { "/grow?mib=60" };
+            scope.spawn(move || {
+                let mut all = Vec::new();
+                while Instant::now() < stop {
+                    all.push(http::get(port, path, Duration::from_mins(1)).unwrap().status);
+                }
+                all
+            })
+        };
+        let clients: Vec<_> = (0..48).map(client).collect();
+        while Instant::now() < stop {
+            assert_eq!(appliance.get("/quiet").unwrap().text(), "hello\n");
+            quiet += 1;
+        }
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect::<Vec<_>>()
+    });
+    let count = |status: u16| got.iter().filter(|got| **got == status).count();
+    println!(
+        "{before} MiB, at most {} of {limit}; {} guests answered, {} trapped, {} were ended; {quiet} answers of the other brane",
+        number("memory.peak"),
+        count(200),
+        count(500),
+        count(503)
+    );
+    let events = appliance.read("/sys/fs/cgroup/workers/memory.events").unwrap();
+    assert!(events.contains("oom 0\n") && events.contains("oom_kill 0\n"), "{events}");
+    assert!(count(503) > 0, "no instance was ended");
+    assert_eq!(["worker@0", "worker@1"].map(|worker| appliance.pid(worker).unwrap()), workers);
+    appliance.power_off().unwrap();
 }
