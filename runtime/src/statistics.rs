@@ -68,7 +68,8 @@ pub struct Brane {
     pub log: Account,
     /// Nanoseconds that its instances waited for their quota of the core, summed over all.
     pub throttled_ns: AtomicU64,
-    /// Instances ended because the host was short of memory: 503, or a reset stream.
+    /// Instances ended because the host was short of memory, 503, or because the host held more for them than `mem_max`, 500; or
+    /// a reset stream.
     pub killed: AtomicU64,
     reserved: [AtomicU64; 2],
 }

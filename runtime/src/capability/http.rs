@@ -19,7 +19,7 @@ use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttp, WasiHttpHook
 use super::{Capability, Granted, Instance};
 use crate::link::Interface;
 use crate::log::Event;
-use crate::worker::host::{Host, Means};
+use crate::worker::host::{BODY_PIECE, Host, Means};
 
 /// Characters of a path that a line shows.
 const MAX_PATH: usize = 500;
@@ -77,6 +77,10 @@ impl WasiHttpHooks for Requests {
 
     fn set_host_header(&mut self) -> bool {
         false
+    }
+
+    fn p2_outgoing_body_chunk_size(&mut self) -> usize {
+        BODY_PIECE
     }
 
     fn send_request(

@@ -140,6 +140,9 @@ pub struct Granted {
     names: Option<Arc<Share>>,
 }
 
+/// Random bytes of one call: they are made on the host before the guest must have room for them.
+const MAX_RANDOM: u64 = 1 << 20;
+
 impl Granted {
     /// What these grants of a manifest mean.
     #[must_use]
@@ -165,6 +168,7 @@ impl Granted {
     #[must_use]
     pub fn instance(&self) -> WasiCtxBuilder {
         let mut instance = WasiCtxBuilder::new();
+        instance.max_random_size(MAX_RANDOM);
         for capability in &self.capabilities {
             capability.prepare(self, &mut instance);
         }

@@ -105,7 +105,7 @@ pub struct Brane {
     pub late: u64,
     /// Refused because the queue was too long.
     pub refused: u64,
-    /// Ended because the host was short of memory.
+    /// Ended because the host was short of memory, or held too much for it.
     pub killed: u64,
     /// Nanoseconds that its instances waited for their quota of the core.
     pub throttled_ns: u64,

@@ -25,8 +25,8 @@ use crate::{engine, link, plan, statistics};
 const FIRST_WITHIN: Duration = Duration::from_secs(20);
 /// Chunks of ended file systems that are freed at a time: 32 of 64 KiB take about 0.3 ms.
 const SLICE: usize = 32;
-/// What one call to the host may move, in bytes.
-const HOST_CALL: usize = 8 << 20;
+/// What one call to the host may move, in bytes. Writing to a stream is less: the guest asks first how much it may be.
+const HOST_CALL: usize = 1 << 20;
 
 /// A brane could not be made ready.
 #[derive(Debug, thiserror::Error)]

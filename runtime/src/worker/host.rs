@@ -1,5 +1,6 @@
 //! What one instance has on the host's side: its store's data.
 
+use std::any::Any;
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +15,9 @@ use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::random::WasiRandomCtx;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
-use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
+use wasmtime_wasi_http::p2::bindings::http::types::{Method, Scheme};
+use wasmtime_wasi_http::p2::types::{HostOutgoingRequest, HostOutgoingResponse};
+use wasmtime_wasi_http::{FieldMap, WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 use super::memory::{ALWAYS, Held, Pressure};
 use super::turns::Turns;
@@ -27,6 +30,39 @@ use crate::plan::Plan;
 pub const HANDLES: usize = 1024;
 /// What one set of headers may take on the host, in bytes.
 const HEADERS: usize = 64 * 1024;
+/// What a guest may write to a body at a time, in bytes; the host holds up to two such pieces of each body.
+pub const BODY_PIECE: usize = 64 * 1024;
+/// What the host holds for an instance without charging it, in bytes: a request and its answer, with bodies on their way.
+const FREE: usize = 1 << 20;
+/// After so many calls about HTTP it is reckoned anew what the host holds. A request and its answer take about ten. Between two
+/// reckonings a guest can have no more than so many times what a call may move.
+const RECKONED_EACH: u32 = 16;
+/// What a handle costs besides what it holds, in bytes: table entries on both sides, and the object behind it.
+const HANDLE: usize = 256;
+/// What a header costs besides its name and value: places in the map and, of each, an allocation (http, `HeaderMap`).
+const HEADER: usize = 256;
+
+/// What the host holds behind a handle, in bytes, as far as a guest decides how much that is. What comes from outside is
+/// bounded where it comes in; files count against their quota.
+fn held_behind(entry: &dyn Any) -> usize {
+    let headers =
+        |map: &FieldMap| map.iter().map(|(name, value)| HEADER + name.as_str().len() + value.len()).sum::<usize>();
+    let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+    let body = |there: bool| if there { 2 * BODY_PIECE } else { 0 };
+    let more = if let Some(fields) = entry.downcast_ref::<FieldMap>() {
+        headers(fields)
+    } else if let Some(response) = entry.downcast_ref::<HostOutgoingResponse>() {
+        headers(&response.headers) + body(response.body.is_some())
+    } else if let Some(request) = entry.downcast_ref::<HostOutgoingRequest>() {
+        let method = if let Method::Other(method) = &request.method { method.len() } else { 0 };
+        let scheme = if let Some(Scheme::Other(scheme)) = &request.scheme { scheme.len() } else { 0 };
+        let target = text(&request.authority) + text(&request.path_with_query);
+        headers(&request.headers) + body(request.body.is_some()) + method + scheme + target
+    } else {
+        0
+    };
+    HANDLE + more
+}
 
 /// The data of one instance's store.
 pub struct Host {
@@ -43,6 +79,8 @@ pub struct Host {
     since: Instant,
     /// Its file system, if it has one.
     files: Option<Files>,
+    /// Calls about HTTP.
+    calls: u32,
     /// Its memory, bounded.
     pub memory: Memory,
 }
@@ -127,6 +165,7 @@ impl Host {
             step,
             since: Instant::now(),
             files: granted.tmp.map(files),
+            calls: 0,
             memory: Memory::new(mem_max, held, Arc::clone(&means.pressure)),
         }
     }
@@ -158,6 +197,14 @@ impl Host {
         sockets::View { table: &mut self.table, reach: &self.reach, instance: &self.instance }
     }
 
+    /// Charges what the host holds. Beyond its bound an instance ends, at its next tick or when it wants another handle.
+    fn reckon(&mut self) {
+        let holds = self.table.iter_mut().map(|entry| held_behind(entry)).sum::<usize>();
+        if !self.memory.charge(holds.saturating_sub(FREE)) {
+            self.table.set_max_capacity(0);
+        }
+    }
+
     /// Sources of randomness; only the insecure ones are linked without a grant.
     pub fn random(&mut self) -> &mut WasiRandomCtx {
         self.wasi.random()
@@ -172,6 +219,10 @@ impl WasiView for Host {
 
 impl WasiHttpView for Host {
     fn http(&mut self) -> WasiHttpCtxView<'_> {
+        self.calls = self.calls.wrapping_add(1);
+        if self.calls.is_multiple_of(RECKONED_EACH) {
+            self.reckon();
+        }
         WasiHttpCtxView { hooks: &mut self.requests, table: &mut self.table, ctx: &mut self.http }
     }
 }
@@ -185,6 +236,8 @@ pub struct Memory {
     used: usize,
     most: usize,
     granted: usize,
+    /// What the host holds, as far as that is charged.
+    host: usize,
     /// Where others see what is used.
     held: Arc<Held>,
     pressure: Arc<Pressure>,
@@ -195,7 +248,7 @@ const ELEMENT: usize = size_of::<usize>();
 
 impl Memory {
     fn new(most: u64, held: Arc<Held>, pressure: Arc<Pressure>) -> Self {
-        Self { used: 0, most: usize::try_from(most).unwrap_or(usize::MAX), granted: 0, held, pressure }
+        Self { used: 0, most: usize::try_from(most).unwrap_or(usize::MAX), granted: 0, host: 0, held, pressure }
     }
 
     /// `maximum` is what the module itself declares: beyond it Wasmtime refuses, so nothing may be counted.
@@ -208,7 +261,7 @@ impl Memory {
         // What it starts with it gets: a start that fails is a fault, a growth that is refused is not.
         let due = |used: usize| current == 0 || used <= ALWAYS || self.pressure.is_low();
         match self.used.checked_add(more) {
-            Some(used) if used <= self.most && due(used) => {
+            Some(used) if used.saturating_add(self.host) <= self.most && due(used) => {
                 (self.used, self.granted) = (used, more);
                 self.tell();
                 true
@@ -222,8 +275,19 @@ impl Memory {
         self.tell();
     }
 
+    /// Charges what the host holds now; false, and the instance ends, if that is too much together.
+    fn charge(&mut self, host: usize) -> bool {
+        self.host = host;
+        self.tell();
+        let fits = self.used.saturating_add(host) <= self.most;
+        if !fits {
+            self.held.end_as_too_much();
+        }
+        fits
+    }
+
     fn tell(&self) {
-        self.held.memory.store(self.used as u64, Ordering::Relaxed);
+        self.held.memory.store(self.used.saturating_add(self.host) as u64, Ordering::Relaxed);
     }
 }
 
@@ -385,6 +449,18 @@ mod tests {
         assert!(!memory.memory_growing(1 << 19, 1 << 20, Some(1 << 19)).unwrap(), "beyond the module's own maximum");
         memory.memory_grow_failed(failure()).unwrap();
         assert_eq!(memory.used, 1 << 19, "nothing was granted, nothing is given back");
+    }
+
+    #[test]
+    fn what_the_host_holds_is_charged_beyond_what_is_free() {
+        let mut memory = memory(1 << 20);
+        assert!(memory.memory_growing(0, 1 << 19, None).unwrap());
+        assert!(memory.charge(1 << 18));
+        assert_eq!(memory.held.bytes(), 3 << 18);
+        assert!(!memory.memory_growing(1 << 19, 1 << 20, None).unwrap(), "there is not so much left");
+        assert!(memory.charge(0) && memory.memory_growing(1 << 19, 1 << 20, None).unwrap(), "let go, it can be had");
+        assert!(!memory.held.is_too_much());
+        assert!(!memory.charge(1) && memory.held.is_too_much());
     }
 
     proptest! {

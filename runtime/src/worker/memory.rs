@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use anyhow::Context as _;
 use gaia_tmpfs::Budget;
@@ -138,10 +138,12 @@ impl Budget for Pressure {
 /// What an instance has been granted, and how to end it.
 #[derive(Debug, Default)]
 pub struct Held {
-    /// Bytes of its memories and tables.
+    /// Bytes of its memories and tables, and of what the host holds for it.
     pub memory: AtomicU64,
     /// Bytes of its file system.
     pub files: AtomicU64,
+    /// It has more than its own `mem_max`.
+    too_much: AtomicBool,
     end: Notify,
 }
 
@@ -155,6 +157,18 @@ impl Held {
     /// Has it ended, because memory is short.
     pub fn end(&self) {
         self.end.notify_one();
+    }
+
+    /// Has it ended, because it has more than its own `mem_max`.
+    pub fn end_as_too_much(&self) {
+        self.too_much.store(true, Relaxed);
+        self.end.notify_one();
+    }
+
+    /// Whether that was the reason.
+    #[must_use]
+    pub fn is_too_much(&self) -> bool {
+        self.too_much.load(Relaxed)
     }
 
     /// Waits until it is to end.

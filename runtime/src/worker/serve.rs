@@ -326,6 +326,10 @@ impl Guest {
     }
 
     fn trapped(&self, cause: &wasmtime::Error) -> Ended {
+        // That there are no more handles for it is only how it learns of it.
+        if self.held.is_too_much() {
+            return self.has_most();
+        }
         if !self.over.load(Relaxed) {
             self.brane.count().traps.fetch_add(1, Relaxed);
             self.exchange.log(&Event::Trap { text: cause.root_cause().to_string().into() });
@@ -333,11 +337,20 @@ impl Guest {
         Ended::Trap(self.id())
     }
 
-    fn is_short(&self) -> Ended {
+    fn has_most(&self) -> Ended {
         self.brane.count().killed.fetch_add(1, Relaxed);
-        let text = format!("memory: the host is short of it, and this held {} KiB", self.held.bytes() / 1024);
-        self.exchange.log(&Event::Kill { text: text.into() });
-        Ended::Short
+        let kib = self.held.bytes() / 1024;
+        let (ended, why) = if self.held.is_too_much() {
+            let most = self.brane.plan.mem_max / 1024;
+            (
+                Ended::Trap(self.id()),
+                format!("mem_max is {most} KiB, and with what the host holds for it this had {kib}"),
+            )
+        } else {
+            (Ended::Short, format!("the host is short of it, and this held {kib} KiB"))
+        };
+        self.exchange.log(&Event::Kill { text: format!("memory: {why}").into() });
+        ended
     }
 
     fn failed(&self, what: &str, cause: &wasmtime::Error) -> Ended {
@@ -391,7 +404,7 @@ async fn run(
     let work = tokio::time::timeout_at(deadline.into(), work);
     let ended = tokio::select! {
         biased;
-        () = guest.held.ended() => guest.is_short(),
+        () = guest.held.ended() => guest.has_most(),
         worked = work => match worked {
             Err(_) => Ended::Late,
             Ok(Err(ended)) => ended,
