@@ -27,5 +27,6 @@ pub mod operate;
 pub mod plan;
 pub mod review;
 pub mod run;
+pub mod secrets;
 pub mod statistics;
 pub mod worker;

@@ -57,6 +57,9 @@ enum Command {
         /// Certificates, in PEM, of authorities that requests to the outside trust besides; may be given more than once
         #[arg(long = "root", value_name = "FILE")]
         roots: Vec<PathBuf>,
+        /// The values of secrets: TOML, [brane] and NAME = "value", readable by its owner alone
+        #[arg(long, value_name = "FILE")]
+        secrets: Option<PathBuf>,
         /// Memory that all workers together may have, as in 512MiB; half of the machine's, if not said
         #[arg(long, value_name = "SIZE", value_parser = gaia_manifest::units::size)]
         memory: Option<u64>,
@@ -87,8 +90,8 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Operate(command) => operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into),
         Command::Check { file, suggest } => return check(&file, suggest, cli.json),
-        Command::Run { file, watch, listen, workers, dns, roots, memory } => {
-            return match run::run(&run::Options { file, watch, listen, workers, dns, roots, memory }) {
+        Command::Run { file, watch, listen, workers, dns, roots, secrets, memory } => {
+            return match run::run(&run::Options { file, watch, listen, workers, dns, roots, secrets, memory }) {
                 Ok(code) => code,
                 Err(e) => {
                     let _ = stderr().write_all(format!("gaia: {e:#}\n").as_bytes());

@@ -6,6 +6,8 @@ use std::time::Duration;
 use gaia_manifest::Capability;
 use serde::{Deserialize, Serialize};
 
+use crate::secrets::Secret;
+
 /// The name of the plan among a generation's files.
 pub const FILE: &str = "plan";
 /// The largest plan, in bytes: 200 branes take about 100 KiB.
@@ -46,6 +48,8 @@ pub struct Brane {
     pub path: String,
     /// What it is granted.
     pub grants: Vec<Capability>,
+    /// The secrets that its `env` names, and their values.
+    pub secrets: Vec<(String, Secret)>,
     /// Instances on the whole appliance.
     pub replicas: u32,
     /// Bytes an instance's memories and tables may have together.

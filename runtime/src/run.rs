@@ -57,6 +57,8 @@ pub struct Options {
     pub dns: Vec<SocketAddr>,
     /// Files with certificates of authorities that requests to the outside trust besides, in PEM.
     pub roots: Vec<PathBuf>,
+    /// The file with the values of secrets.
+    pub secrets: Option<PathBuf>,
     /// Bytes of memory that all workers together may have; half of the machine's, if not said.
     pub memory: Option<u64>,
 }
@@ -95,7 +97,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let cores = cores(options.workers);
     let listeners = listen(&options.listen, &cores)?;
     let own = Own::make()?;
-    for root in &options.roots {
+    for root in options.roots.iter().chain(&options.secrets) {
         File::open(root).with_context(|| format!("{}", root.display()))?;
     }
     let mut launcher = Launcher::new(options, folder.into(), &own, cores.workers.len())?;
@@ -172,6 +174,7 @@ struct Launcher {
     socket: String,
     dns: Vec<SocketAddr>,
     roots: Vec<String>,
+    secrets: Option<String>,
     null: OwnedFd,
     /// Bytes of memory that each worker may have.
     memory: u64,
@@ -194,6 +197,7 @@ impl Launcher {
             memory: memory / workers.max(1) as u64,
             dns,
             roots: options.roots.iter().map(absolute).collect::<io::Result<_>>()?,
+            secrets: options.secrets.as_ref().map(absolute).transpose()?,
             file: options.file.to_string_lossy().into_owned(),
             watch: options.watch,
             folder,
@@ -279,6 +283,7 @@ impl Machine for Launcher {
                 all.extend(self.watch.then(|| ("GAIA_WATCH".into(), "1".into())));
                 all.push(("GAIA_DNS".into(), spaced(&self.dns)));
                 all.push(("GAIA_ROOTS".into(), self.roots.join("\n")));
+                all.extend(self.secrets.clone().map(|path| ("GAIA_SECRETS".into(), path)));
                 all
             }
             Kind::Worker => vec![("GAIA_MEMORY".into(), self.memory.to_string())],

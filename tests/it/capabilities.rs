@@ -74,3 +74,36 @@ fn without_the_grant_there_is_nothing_to_link() {
         assert!(run.error.all().iter().any(|line| line.contains(words)), "{:#?}", run.error.all());
     }
 }
+
+/// Would miss: a secret that does not reach its brane, that reaches another, or that is shown.
+#[test]
+fn secrets_reach_the_brane_that_names_them_and_are_shown_nowhere() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let grants = "\"clock\" = { resolution = \"us\" }\n\"random\" = {}\n";
+    let graph = format!(
+        "[brane.senses]\nimage = \"file:./senses.wasm\"\n[brane.senses.capability]\n{grants}\"env\" = {{ secrets = [\"API_KEY\"] }}\n\
+         [brane.other]\nimage = \"file:./senses.wasm\"\n[brane.other.capability]\n{grants}"
+    );
+    let folder = Folder::with(&graph).unwrap();
+    let secrets = folder.path().join("secrets.toml");
+    let fails = |arguments: &[&str], words: &str| {
+        let mut run = folder.run(arguments).unwrap();
+        assert_eq!(run.end().unwrap().code(), Some(1));
+        let said = run.error.all();
+        assert!(said.iter().any(|line| line.contains(words)), "{said:#?} lacks {words}");
+        assert!(said.iter().all(|line| !line.contains("sesame")), "{said:#?}");
+    };
+    fails(&[], "senses needs a value for the secret \"API_KEY\"");
+    std::fs::write(&secrets, "[senses]\nAPI_KEY = \"open sesame\"\n").unwrap();
+    std::fs::set_permissions(&secrets, std::fs::Permissions::from_mode(0o644)).unwrap();
+    fails(&["--secrets", "secrets.toml"], "chmod 600");
+    std::fs::set_permissions(&secrets, std::fs::Permissions::from_mode(0o600)).unwrap();
+    std::fs::write(&secrets, "[senses]\nAPI_KEY = open sesame\n").unwrap();
+    fails(&["--secrets", "secrets.toml"], "line 2");
+    std::fs::write(&secrets, "[senses]\nAPI_KEY = \"open sesame\"\n").unwrap();
+    let run = folder.run(&["--secrets", "secrets.toml", "--workers", "1"]).unwrap().serving().unwrap();
+    assert!(run.get("/senses").unwrap().text().contains("env API_KEY=open sesame\n"));
+    assert!(!run.get("/other").unwrap().text().contains("sesame"));
+    let shown = [run.output.all(), run.error.all(), vec![run.ask("ps").unwrap().to_string()]].concat();
+    assert!(shown.iter().all(|line| !line.contains("sesame")), "{shown:#?}");
+}

@@ -23,13 +23,9 @@ impl Capability for Env {
         "\"env\" = {}"
     }
 
-    fn missing(&self, grant: &Grant) -> Option<&'static str> {
-        let Grant::Env { secrets, .. } = grant else { return None };
-        (!secrets.is_empty()).then_some("secrets have no values")
-    }
-
     fn configure(&self, grant: &Grant, granted: &mut Granted, _: &Means) {
-        if let Grant::Env { vars, .. } = grant {
+        // The values of secrets come with the plan, not with the manifest.
+        if let Grant::Env { vars, secrets: _ } = grant {
             granted.vars = vars.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
         }
     }

@@ -23,6 +23,7 @@ use super::init::Found;
 use crate::channel::{Channel, is_sealed, read_whole, sealed};
 use crate::compile::{self, MAX_COMPONENT, MAX_REPORT, Report, Word};
 use crate::plan::{self, Plan};
+use crate::secrets::{self, Secret, Secrets};
 use crate::{engine, review};
 
 /// The largest file of extra roots, in bytes, and all of them together: Mozilla's whole list is 220 KiB.
@@ -47,6 +48,8 @@ pub(super) struct Source {
     seed: bool,
     /// Files with certificates of authorities that requests to the outside trust besides.
     roots: Vec<String>,
+    /// The file with the values of secrets.
+    secrets: Option<String>,
     /// What a graph that does not come up means.
     failure: Failure,
     /// Deploy again when a file changes.
@@ -67,15 +70,16 @@ impl Source {
     pub(super) fn from_environment(folder: OwnedFd) -> Self {
         let watch = std::env::var_os("GAIA_WATCH").is_some();
         let roots: Vec<String> = std::env::var("GAIA_ROOTS").unwrap_or_default().lines().map(str::to_owned).collect();
+        let secrets = std::env::var("GAIA_SECRETS").ok();
         match std::env::var("GAIA_GRAPH") {
             Err(_) => {
                 let (graph, shown) = (GRAPH.into(), GRAPH.into());
-                Self { folder, graph, shown, seed: true, roots, failure: Failure::Empty, watch }
+                Self { folder, graph, shown, seed: true, roots, secrets, failure: Failure::Empty, watch }
             }
             Ok(shown) => {
                 let graph = Path::new(&shown).file_name().map_or(shown.clone(), |n| n.to_string_lossy().into_owned());
                 let failure = if watch { Failure::Empty } else { Failure::End };
-                Self { folder, graph, shown, seed: false, roots, failure, watch }
+                Self { folder, graph, shown, seed: false, roots, secrets, failure, watch }
             }
         }
     }
@@ -108,13 +112,25 @@ impl Source {
         Ok(all)
     }
 
+    /// The values of secrets. A file that others can read is refused, so that it does not stay that way.
+    fn secrets(&self) -> anyhow::Result<Secrets> {
+        let Some(path) = &self.secrets else { return Ok(Secrets::default()) };
+        let file = rustix::fs::openat(&self.folder, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let file = file.with_context(|| format!("reading the secrets {path}"))?;
+        let others = rustix::fs::fstat(&file)?.st_mode & 0o077;
+        anyhow::ensure!(others == 0, "others than its owner may use the secrets {path}: chmod 600 {path}");
+        let bytes = read_whole(file, secrets::MAX_BYTES).with_context(|| format!("reading the secrets {path}"))?;
+        let text = String::from_utf8(bytes).ok().with_context(|| format!("the secrets {path} are not UTF-8"))?;
+        Secrets::parse(&text).map_err(|wrong| anyhow::anyhow!("the secrets {path}: {wrong}"))
+    }
+
     /// What changes when somebody writes to a file or puts another in its place.
     fn stamps(&self, images: &[String]) -> Vec<Option<[i128; 4]>> {
         let stamp = |path: &String| {
             let stat = rustix::fs::statat(&self.folder, path, AtFlags::empty()).ok()?;
             Some([stat.st_ino.into(), stat.st_size.into(), stat.st_mtime.into(), stat.st_mtime_nsec.into()])
         };
-        [&self.graph].into_iter().chain(&self.roots).chain(images).map(stamp).collect()
+        [&self.graph].into_iter().chain(&self.roots).chain(&self.secrets).chain(images).map(stamp).collect()
     }
 
     /// The files that the graph names, as far as it can be read.
@@ -251,11 +267,14 @@ async fn planned(
     let mut said = review::unsupported(&manifest);
     let (compiled, failed) = compile_all(control, source, &manifest).await;
     said.extend(failed);
+    let secrets = source.secrets()?;
     let mut branes = Vec::new();
     for brane in &manifest.branes {
         let Some(compiled) = compiled.get(&brane.image.value.to_string()) else { continue };
         said.extend(review::of(brane, &compiled.report));
-        branes.extend(compiled.report.needs.map(|needs| planned_brane(brane, compiled, needs)));
+        let (found, missing) = secrets_of(brane, &secrets);
+        said.extend(missing);
+        branes.extend(compiled.report.needs.map(|needs| planned_brane(brane, compiled, needs, found)));
     }
     let memories: u64 = branes.iter().map(|b| u64::from(b.slots(workers)) * u64::from(b.needs.memories.max(1))).sum();
     if memories > engine::MEMORIES_PER_WORKER {
@@ -279,7 +298,31 @@ async fn planned(
     Ok((Plan { generation, workers, branes, roots }, artefacts))
 }
 
-fn planned_brane(brane: &Brane, compiled: &Compiled, needs: plan::Needs) -> plan::Brane {
+/// The values of the secrets that a brane's `env` names, and what is to be said about those without one.
+fn secrets_of(brane: &Brane, known: &Secrets) -> (Vec<(String, Secret)>, Vec<Diagnostic>) {
+    let (mut found, mut missing) = (Vec::new(), Vec::new());
+    for grant in &brane.capabilities {
+        let Capability::Env { secrets, .. } = &grant.capability else { continue };
+        for name in secrets {
+            match known.of(&brane.name.value, name) {
+                Some(secret) => found.push((name.clone(), secret.clone())),
+                None => {
+                    let message = format!("{} needs a value for the secret \"{name}\"", brane.name.value);
+                    let help = format!("gaia run --secrets FILE, and in it [{}] with {name} = \"…\"", brane.name.value);
+                    missing.push(Diagnostic::error(grant.span.clone(), message, "has no value").help(help));
+                }
+            }
+        }
+    }
+    (found, missing)
+}
+
+fn planned_brane(
+    brane: &Brane,
+    compiled: &Compiled,
+    needs: plan::Needs,
+    secrets: Vec<(String, Secret)>,
+) -> plan::Brane {
     plan::Brane {
         name: brane.name.value.clone(),
         image: brane.image.value.to_string(),
@@ -288,6 +331,7 @@ fn planned_brane(brane: &Brane, compiled: &Compiled, needs: plan::Needs) -> plan
         needs,
         host: brane.ingress.host.as_ref().map(ToString::to_string),
         path: brane.ingress.path.clone(),
+        secrets,
         grants: brane.capabilities.iter().map(|grant| grant.capability.clone()).collect(),
         replicas: brane.replicas,
         mem_max: brane.limits.mem_max.value,

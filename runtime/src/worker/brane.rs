@@ -90,7 +90,8 @@ impl Brane {
         // SAFETY: the artefact was made by this build's compiler, came through control and init alone, and is sealed:
         // nobody can have changed it since (checked by the caller).
         let component = unsafe { Component::deserialize_file(&engine, path) }.map_err(at("map the artefact"))?;
-        let granted = Granted::of(&plan.grants, &means);
+        let mut granted = Granted::of(&plan.grants, &means);
+        granted.vars.extend(plan.secrets.iter().map(|(name, value)| (name.clone(), value.reveal().to_owned())));
         let linker = link::linker(&engine, granted.capabilities()).map_err(at("linker"))?;
         let pre = linker.instantiate_pre(&component).and_then(ProxyPre::new).map_err(at("link"))?;
         Ok(Self {
