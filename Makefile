@@ -158,14 +158,16 @@ clippy:
 	@cargo clippy $(FLAGS) --all-targets -- -D warnings
 	@cargo clippy $(FLAGS) -p gaia-init --features debug-role --all-targets -- -D warnings
 	@cargo clippy $(FLAGS) -p gaia-branes --all-targets --target wasm32-wasip2 -- -D warnings
-	@cargo clippy $(FLAGS) -p gaia-schema --all-targets -- -D warnings
+	@cargo clippy $(FLAGS) -p gaia-schema -p gaia-interfaces --all-targets -- -D warnings
+	@cargo clippy $(FLAGS) -p gaia-egress --all-targets -- -D warnings
 	@$(FUZZ_ENV) cargo clippy $(FLAGS) $(FUZZ) -- -D warnings
 
 .PHONY: unit
-unit:
+unit: out/interfaces
 	@cargo test $(FLAGS) --lib --bins --test golden --test properties --test link
 	@cargo test $(FLAGS) --doc
 	@cargo test $(FLAGS) -p gaia-branes --lib
+	@cargo test $(FLAGS) -p gaia-egress
 	@cargo test $(FLAGS) -p gaia-schema --test schema
 
 # From the same seeds and the same number of chance each time.
@@ -222,6 +224,11 @@ out/initramfs.zst: out/bin/gaia-init out/bin/gaia out/bin/gaia-image
 out/initramfs-test.zst: out/bin/gaia-init-debug out/bin/gaia out/bin/gaia-debug out/bin/gaia-image
 	@out/bin/gaia-image initramfs --init out/bin/gaia-init-debug --gaia out/bin/gaia \
 		--extra /bin/gaia-debug=out/bin/gaia-debug --out $@
+
+# A component for each interface of WASI 0.2, for the test of the link stage.
+.PHONY: out/interfaces
+out/interfaces:
+	@cargo run $(FLAGS) -q -p gaia-interfaces -- $@
 
 out/seed.cpio: always $(BRANES) out/bin/gaia-image
 	@out/bin/gaia-image seed --dir out/branes --config $(CONFIG) --graph $(GRAPH) --out $@

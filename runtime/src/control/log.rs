@@ -129,13 +129,16 @@ impl History {
         while own.cost > share {
             drop_oldest(own);
         }
-        // Branes that are no longer there keep their lines while there is room.
+        // Branes that are no longer there keep their lines while there is room: they are those that were silent longest.
         while self.cost.get() > 2 * KEPT
-            && let Some(largest) = shares.values_mut().max_by_key(|share| share.cost)
+            && let Some((brane, silent)) = shares.iter_mut().min_by_key(|(_, share)| share.numbers.back().copied())
         {
-            drop_oldest(largest);
+            drop_oldest(silent);
+            if silent.numbers.is_empty() {
+                let brane = brane.clone();
+                shares.remove(&brane);
+            }
         }
-        shares.retain(|_, share| !share.numbers.is_empty());
         self.came.notify_waiters();
     }
 }
@@ -257,6 +260,22 @@ mod tests {
         assert_eq!(loud.last(), Some(&said("loud", "9999")));
         assert!(loud.len() > 10 && loud.len() < LEAST / size_of::<Line>(), "{}", loud.len());
         assert!(history.cost.get() < 2 * LEAST);
+    }
+
+    #[test]
+    fn what_is_kept_of_branes_that_came_and_went_is_bounded() {
+        let history = History::default();
+        for brane in 0..3000 {
+            for n in 0..40 {
+                history.push(said(&format!("brane-{brane}"), &format!("{n} {}", "x".repeat(300))), LEAST);
+            }
+        }
+        assert!(history.cost.get() <= 2 * KEPT);
+        assert!(history.shares.borrow().len() < 2000);
+        let last = Query { brane: Some("brane-2999".into()), ..Query::default() };
+        assert!(read(&history, &last, 0, u64::MAX).len() > 10, "the last is there");
+        let sum: usize = history.shares.borrow().values().map(|share| share.cost).sum();
+        assert_eq!(sum, history.cost.get());
     }
 
     #[test]
