@@ -57,7 +57,7 @@ enum Command {
         /// Certificates, in PEM, of authorities that requests to the outside trust besides; may be given more than once
         #[arg(long = "root", value_name = "FILE")]
         roots: Vec<PathBuf>,
-        /// The values of secrets: TOML, [brane] and NAME = "value", readable by its owner alone
+        /// The values of secrets: TOML, for each brane a table with NAME = "value", readable by its owner alone
         #[arg(long, value_name = "FILE")]
         secrets: Option<PathBuf>,
         /// Memory that all workers together may have, as in 512MiB; half of the machine's, if not said
