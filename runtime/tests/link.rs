@@ -127,9 +127,9 @@ fn every_interface_of_the_standard_is_in_the_table() {
     let mut table: Vec<&str> = INTERFACES.iter().map(|(name, _)| *name).collect();
     all.sort_unstable();
     table.sort_unstable();
-    let mut named: Vec<String> = table.iter().map(|name| name.replace([':', '/'], "_")).collect();
-    named.sort_unstable();
-    assert_eq!(all, named);
+    let mut written: Vec<String> = table.iter().map(|name| name.replace([':', '/'], "_")).collect();
+    written.sort_unstable();
+    assert_eq!(all, written);
     // And nothing is linked that the table does not know.
     let linked = gaia_runtime::capability::ALL.into_iter().flat_map(gaia_runtime::capability::Capability::interfaces);
     for interface in linked.chain(link::BASE) {
