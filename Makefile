@@ -52,7 +52,7 @@ FLAGS := --release --locked
 BUILT := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-musl/release
 GUESTS_BUILT := $(CARGO_TARGET_DIR)/wasm32-wasip2/release/examples
 
-TOOLS  := gaia gaia-image gaia-qemu gaia-debug
+TOOLS  := gaia gaia-image gaia-qemu gaia-debug gaia-hostile
 # Each file beside lib.rs and build.rs is a guest. Cargo writes a guest's file with `_` where its name has `-`.
 GUESTS := $(filter-out lib build,$(notdir $(basename $(wildcard tests/branes/*.rs))))
 BRANES := $(foreach guest,$(GUESTS),out/branes/$(subst _,-,$(guest)).wasm)
@@ -220,10 +220,10 @@ out/bzImage out/kernel.config &: always out/bin/gaia-image
 out/initramfs.zst: out/bin/gaia-init out/bin/gaia out/bin/gaia-image
 	@out/bin/gaia-image initramfs --init out/bin/gaia-init --gaia out/bin/gaia --out $@
 
-# The same, but init knows the role `debug`, and its binary is there.
-out/initramfs-test.zst: out/bin/gaia-init-debug out/bin/gaia out/bin/gaia-debug out/bin/gaia-image
+# The same, but init knows the role `debug`, and its binary is there; and the program that tries the sandboxes.
+out/initramfs-test.zst: out/bin/gaia-init-debug out/bin/gaia out/bin/gaia-debug out/bin/gaia-hostile out/bin/gaia-image
 	@out/bin/gaia-image initramfs --init out/bin/gaia-init-debug --gaia out/bin/gaia \
-		--extra /bin/gaia-debug=out/bin/gaia-debug --out $@
+		--extra /bin/gaia-debug=out/bin/gaia-debug --extra /bin/gaia-hostile=out/bin/gaia-hostile --out $@
 
 # A component for each interface of WASI 0.2, for the test of the link stage.
 .PHONY: out/interfaces

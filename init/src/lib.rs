@@ -24,6 +24,7 @@ pub mod descriptors;
 pub mod lines;
 pub mod listeners;
 pub mod roles;
+pub mod sandbox;
 pub mod settings;
 pub mod spawn;
 pub mod supervise;

@@ -89,6 +89,9 @@ pub struct Role {
     pub max_cpu: Option<Duration>,
     /// Address space it may have in bytes (`RLIMIT_AS`), for roles whose need is known.
     pub max_memory: Option<u64>,
+    /// What a file that it writes may have in bytes, those in memory included (`RLIMIT_FSIZE`), for roles whose need is
+    /// known.
+    pub max_file: Option<u64>,
     /// Its standard streams are the serial port. That is not its controlling terminal: the kernel hangs up the terminal
     /// of a session whose leader ends, and whoever is started next could not use it any more.
     pub terminal: bool,
@@ -132,6 +135,7 @@ pub const ROLES: &[Role] = &[
         max_files: 4096,
         max_cpu: None,
         max_memory: None,
+        max_file: None,
         terminal: false,
     },
     Role {
@@ -147,6 +151,8 @@ pub const ROLES: &[Role] = &[
         // largest components in use (18 MB from JavaScript toolchains) need about 60 s emulated.
         max_cpu: Some(Duration::from_mins(5)),
         max_memory: Some(4 << 30),
+        // The largest artefact that control takes.
+        max_file: Some(512 << 20),
         terminal: false,
     },
     Role {
@@ -161,32 +167,35 @@ pub const ROLES: &[Role] = &[
         max_files: 65_536,
         max_cpu: None,
         max_memory: None,
+        max_file: None,
         terminal: false,
     },
     Role {
         kind: Kind::Console,
         name: "console",
         program: RUNTIME,
-        arguments: &[c"gaia", c"console"],
+        arguments: &[c"gaia", c"role", c"console"],
         user: User::One(users::CONSOLE),
         place: Place::Housekeeping,
         restart: Restart::Always,
         max_files: 64,
         max_cpu: None,
         max_memory: None,
+        max_file: None,
         terminal: true,
     },
     Role {
         kind: Kind::Log,
         name: "log",
         program: RUNTIME,
-        arguments: &[c"gaia", c"logs", c"--follow"],
+        arguments: &[c"gaia", c"role", c"log"],
         user: User::One(users::LOG),
         place: Place::Housekeeping,
         restart: Restart::Always,
         max_files: 64,
         max_cpu: None,
         max_memory: None,
+        max_file: None,
         terminal: true,
     },
     #[cfg(feature = "debug-role")]
@@ -201,6 +210,7 @@ pub const ROLES: &[Role] = &[
         max_files: 1024,
         max_cpu: None,
         max_memory: None,
+        max_file: None,
         terminal: false,
     },
 ];

@@ -3,7 +3,7 @@
 //! ```text
 //! parent                         child
 //! pipe (close-on-exec)
-//! fork ───────────────────────▶  signals → session → cgroups → core → capabilities → groups → user
+//! fork ───────────────────────▶  signals → session → cgroups → core → secure bits → capabilities → groups → user
 //! read the pipe: end of file       → no_new_privs → descriptors → limits → exec
 //! means exec; else step + errno  (any failure: step + errno into the pipe, exit)
 //! ```
@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::io::Errno;
 use rustix::process::{Gid, Resource, Rlimit, Uid};
-use rustix::thread::CpuSet;
+use rustix::thread::{CapabilitiesSecureBits, CpuSet};
 
 use crate::descriptors;
 
@@ -65,6 +65,8 @@ pub enum Step {
     Cgroup,
     /// `sched_setaffinity`
     Cores,
+    /// `prctl(PR_SET_SECUREBITS)`
+    SecureBits,
     /// `prctl(PR_CAPBSET_DROP)`, `capset`
     Capabilities,
     /// `setgroups`, `setresgid`
@@ -82,13 +84,14 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Pipe,
         Self::Fork,
         Self::Signals,
         Self::Session,
         Self::Cgroup,
         Self::Cores,
+        Self::SecureBits,
         Self::Capabilities,
         Self::Groups,
         Self::User,
@@ -197,6 +200,7 @@ impl Command<'_> {
             rustix::thread::sched_setaffinity(None, &set).map_err(at(Step::Cores))?;
         }
         if let Some(user) = held.user {
+            rustix::thread::set_capabilities_secure_bits(secure_bits()).map_err(at(Step::SecureBits))?;
             drop_capabilities().map_err(at(Step::Capabilities))?;
             let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
             rustix::thread::set_thread_groups(&[]).map_err(at(Step::Groups))?;
@@ -242,6 +246,17 @@ impl Command<'_> {
             },
         }
     }
+}
+
+/// The user 0 is one like any other, capabilities do not survive a change of user, none is raised into the ambient set; all
+/// of it locked, for the process and all that descend from it (capabilities(7)).
+fn secure_bits() -> CapabilitiesSecureBits {
+    CapabilitiesSecureBits::NO_ROOT
+        | CapabilitiesSecureBits::NO_ROOT_LOCKED
+        | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
+        | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
+        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
+        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED
 }
 
 /// Empties the bounding and inheritable sets; the others go with the change of user.

@@ -26,6 +26,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatu
 use crate::cores::{Cores, list};
 use crate::listeners::{Listener, listen_again};
 use crate::roles::{Kind, Restart, Role};
+use crate::sandbox::{self, Demand};
 use crate::settings::MAX_PORTS;
 use crate::spawn::{Command, Confinement};
 use crate::wire::{self, FromControl, FromWorker, Message, ToControl, ToWorker};
@@ -99,6 +100,10 @@ pub trait Machine {
             End::PowerOff => "going down: power off",
             End::Reboot => "going down: reboot",
         }
+    }
+    /// What becomes of a role whose sandbox this kernel cannot close whole.
+    fn demand(&self) -> Demand {
+        Demand::Whole
     }
     /// Called at least once a second while the runtime is well.
     fn pet(&mut self);
@@ -453,10 +458,18 @@ impl<M: Machine> Supervisor<M> {
     fn list_roles(&self) {
         let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
         let now = Instant::now();
-        let role = |name, pid, generation, restarts, millis, state: &str| {
-            self.tell_control(&ToControl::Role { name, pid, generation, restarts, millis, state: state.into() }, &[]);
+        let role = |name, pid, generation, restarts, millis, state: &str, sandbox: &str| {
+            let (state, sandbox) = (state.into(), sandbox.into());
+            self.tell_control(&ToControl::Role { name, pid, generation, restarts, millis, state, sandbox }, &[]);
         };
-        role("init".into(), std::process::id().cast_signed(), 0, 0, millis(now - self.started), "up");
+        role("init".into(), std::process::id().cast_signed(), 0, 0, millis(now - self.started), "up", "none");
+        let kernel = sandbox::not_possible_here().is_empty();
+        let sandbox = |child: &Child| match sandbox::missing_of(child.pid, self.machine.demand()) {
+            _ if !kernel => "partly".to_owned(),
+            Ok(missing) if missing.is_empty() => "whole".into(),
+            Ok(missing) => format!("no-{}", missing.join(".no-")),
+            Err(_) => "gone".into(),
+        };
         for child in &self.children {
             let restarts = self.seats.iter().find(|s| (s.kind, s.core) == (child.kind, child.number));
             let restarts = restarts.map_or(0, |s| s.restarts);
@@ -466,11 +479,12 @@ impl<M: Machine> Supervisor<M> {
                 Phase::Up => "up",
                 Phase::Draining => "draining",
             };
-            role(child.name(), child.pid, child.generation, restarts, millis(now - child.since), state);
+            let age = millis(now - child.since);
+            role(child.name(), child.pid, child.generation, restarts, age, state, &sandbox(child));
         }
         for seat in self.seats.iter().filter(|s| !self.filled(s)) {
             let wait = millis(seat.not_before.saturating_duration_since(now));
-            role(seat_name(seat.kind, seat.core), 0, 0, seat.restarts, wait, "waiting");
+            role(seat_name(seat.kind, seat.core), 0, 0, seat.restarts, wait, "waiting", "none");
         }
         self.tell_control(&ToControl::End, &[]);
     }
@@ -554,9 +568,15 @@ impl<M: Machine> Supervisor<M> {
         let now = Instant::now();
         self.last_beat = now;
         let serving = self.current.as_ref().map(|g| g.number);
+        let demand = self.machine.demand();
         let Some(child) = self.child_mut(pid) else { return };
         child.last_beat = now;
         if message == FromWorker::Ready && child.phase == Phase::Starting {
+            // Not what it says of itself: what the kernel shows. Where all is demanded, nothing less serves.
+            let missing = sandbox::missing_of(pid, demand).unwrap_or_else(|_| vec!["everything"]);
+            if demand == Demand::Whole && !missing.is_empty() {
+                return self.kill(pid, &format!("its sandbox is not closed: without {}", missing.join(", ")));
+            }
             child.phase = Phase::Held;
             if Some(child.generation) == serving {
                 child.phase = Phase::Up;
@@ -694,6 +714,7 @@ impl<M: Machine> Supervisor<M> {
         }
         descriptors.extend(self.machine.descriptors(role));
         let mut environment = self.machine.environment(role);
+        environment.push((sandbox::VARIABLE.into(), self.machine.demand().word().into()));
         if let (Kind::Worker, Some(core)) = (kind, number) {
             let place = self.cores.workers.iter().position(|c| *c == core).unwrap_or(0);
             environment.push(("GAIA_CORE".into(), core.to_string()));

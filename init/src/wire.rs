@@ -143,6 +143,8 @@ pub enum ToControl {
         millis: u64,
         /// `up`, `starting`, `standing-in`, `draining`, `waiting`.
         state: String,
+        /// What holds it, as the supervisor sees it: `whole`, `partly`, `none`, or what is missing: `no-seccomp.no-user`.
+        sandbox: String,
     },
     /// The list is complete.
     End,
@@ -296,6 +298,7 @@ impl Message for ToControl {
                     restarts: w.number()?,
                     millis: w.number()?,
                     state: w.name()?,
+                    sandbox: w.name()?,
                 },
                 "end" => Self::End,
                 _ => return None,
@@ -319,8 +322,8 @@ impl fmt::Display for ToControl {
             Self::Serving { generation } => write!(f, "serving {generation}"),
             Self::Failed { generation, reason } => write!(f, "failed {generation} {}", one_line(reason)),
             Self::Exited { role, pid, cause } => write!(f, "exited {role} {pid} {}", one_line(cause)),
-            Self::Role { name, pid, generation, restarts, millis, state } => {
-                write!(f, "role {name} {pid} {generation} {restarts} {millis} {state}")
+            Self::Role { name, pid, generation, restarts, millis, state, sandbox } => {
+                write!(f, "role {name} {pid} {generation} {restarts} {millis} {state} {sandbox}")
             }
             Self::End => f.write_str("end"),
         }
@@ -491,7 +494,15 @@ mod tests {
             T::Serving { generation: 1 },
             T::Failed { generation: 1, reason: "worker@1 ended: exit status 1".into() },
             T::Exited { role: "worker@1".into(), pid: 5, cause: "killed by SIGKILL".into() },
-            T::Role { name: "console".into(), pid: 3, generation: 0, restarts: 1, millis: 12, state: "up".into() },
+            T::Role {
+                name: "console".into(),
+                pid: 3,
+                generation: 0,
+                restarts: 1,
+                millis: 12,
+                state: "up".into(),
+                sandbox: "no-seccomp.no-user".into(),
+            },
             T::End,
         ] {
             survives(&m);

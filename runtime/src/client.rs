@@ -194,10 +194,11 @@ pub fn status_text(s: &Status) -> String {
     for words in &s.words {
         let _ = writeln!(out, "deploy   {}", words.replace('\n', "\n         "));
     }
-    let _ = writeln!(out, "\n{:<12} {:>6} {:<12} {:>9} {:>8}", "ROLE", "PID", "STATE", "SINCE", "RESTARTS");
+    let _ = writeln!(out, "\n{:<12} {:>6} {:<12} {:>9} {:>8}  SANDBOX", "ROLE", "PID", "STATE", "SINCE", "RESTARTS");
     for r in &s.roles {
         let since = seconds(Duration::from_millis(r.millis).as_secs_f64());
-        let _ = writeln!(out, "{:<12} {:>6} {:<12} {since:>9} {:>8}", r.name, r.pid, r.state, r.restarts);
+        let _ =
+            writeln!(out, "{:<12} {:>6} {:<12} {since:>9} {:>8}  {}", r.name, r.pid, r.state, r.restarts, r.sandbox);
     }
     let _ = writeln!(out, "\n{:<12} {:>10} {:>10} {:>8} {:>12}", "WORKER", "ACCEPTED", "REQUESTS", "INSIDE", "OUTPUT");
     for w in &s.workers {

@@ -2,12 +2,15 @@
 //!
 //! It holds one descriptor, the channel to control. Over it come the component's bytes; back go a report and, if all
 //! went well, the artefact, both as sealed files in memory. What a stranger's bytes do to Cranelift ends with this
-//! process, and init bounds its memory and processor time.
+//! process: it can open, reach and start nothing (see [`sandbox::compile`]), and init bounds its memory, its processor time and
+//! what it writes.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 
 use gaia_init::descriptors::Descriptors;
+use gaia_init::sandbox::{self, Demand};
 use gaia_init::wire::{self, Message, Unknown};
 use serde::{Deserialize, Serialize};
 use wasmtime::Engine;
@@ -80,8 +83,9 @@ pub struct Import {
 /// Runs the role.
 ///
 /// # Errors
-/// If the channel to control breaks; a component that does not compile is a report, not an error here.
+/// If its sandbox cannot be closed, or the channel to control breaks; a component that does not compile is a report, not an error here.
 pub fn run() -> anyhow::Result<()> {
+    sandbox::enter(&sandbox::compile::SANDBOX, &BTreeSet::new(), Demand::from_environment())?;
     let control = Descriptors::inherit()?.take("control")?;
     let (Word::Compile, mut files) = wire::receive(&control)? else {
         anyhow::bail!("control sent something else than a component");

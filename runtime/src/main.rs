@@ -1,5 +1,6 @@
 //! `gaia`: the operator's command, and each of the runtime's roles.
 
+use std::collections::BTreeSet;
 use std::io::{IsTerminal as _, Write as _, stderr, stdin, stdout};
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -7,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use gaia_init::sandbox::{self, Demand};
 use gaia_runtime::check::Review;
 use gaia_runtime::client::{Client, DEFAULT_SOCKET};
 use gaia_runtime::console::{self, Mode};
@@ -82,6 +84,10 @@ enum Role {
     Compile,
     /// Runs the branes on one core
     Worker,
+    /// The prompt, in its sandbox
+    Console,
+    /// Shows the log, in its sandbox
+    Log,
 }
 
 fn main() -> ExitCode {
@@ -99,17 +105,18 @@ fn main() -> ExitCode {
                 }
             };
         }
-        Command::Console => {
-            let observe = std::env::var("GAIA_CONSOLE").is_ok_and(|mode| mode == "observe");
-            let mode = if observe { Mode::Observe } else { Mode::Operate };
-            console::converse(&client, mode, &mut stdin().lock(), &mut stdout().lock()).map_err(Into::into)
-        }
+        Command::Console => prompt(&client),
         Command::Role { role } => {
             end_on_panic();
             match role {
                 Role::Control => control::run(),
                 Role::Compile => compile::run(),
                 Role::Worker => worker::run(),
+                Role::Console => sandboxed(&sandbox::console::SANDBOX).and_then(|()| prompt(&client)),
+                Role::Log => sandboxed(&sandbox::log::SANDBOX).and_then(|()| {
+                    let follow = operate::Command::Logs { brane: None, since: None, follow: true };
+                    operate::run(&follow, &client, false, &mut stdout()).map_err(Into::into)
+                }),
             }
         }
     };
@@ -121,6 +128,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn prompt(client: &Client) -> anyhow::Result<()> {
+    let observe = std::env::var("GAIA_CONSOLE").is_ok_and(|mode| mode == "observe");
+    let mode = if observe { Mode::Observe } else { Mode::Operate };
+    Ok(console::converse(client, mode, &mut stdin().lock(), &mut stdout().lock())?)
+}
+
+/// Enters the sandbox of a role that connects to nobody by TCP.
+fn sandboxed(sandbox: &sandbox::Sandbox) -> anyhow::Result<()> {
+    Ok(sandbox::enter(sandbox, &BTreeSet::new(), Demand::from_environment())?)
 }
 
 /// Reviews a manifest: the screen on standard output, what is wrong on standard error, 1 if there are errors.

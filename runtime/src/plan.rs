@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use gaia_manifest::Capability;
+use gaia_init::sandbox::worker::Reach;
+use gaia_manifest::{Capability, Scheme};
 use serde::{Deserialize, Serialize};
 
 use crate::secrets::Secret;
@@ -60,6 +61,45 @@ pub struct Brane {
     pub deadline: Duration,
     /// Bytes a request's body may have.
     pub body_max: u64,
+}
+
+impl Plan {
+    /// What its branes reach together.
+    #[must_use]
+    pub fn reach(&self) -> Reach {
+        reach(self.branes.iter().flat_map(|brane| &brane.grants))
+    }
+}
+
+/// What these grants let a worker reach: the seal is computed from it. Names need nothing, they are resolved by control; an
+/// allowlist of `net.http` that is empty needs nothing either. A guest with `net.tcp` or `net.udp` may make a socket
+/// whatever its list says.
+#[must_use]
+pub fn reach<'a>(grants: impl IntoIterator<Item = &'a Capability>) -> Reach {
+    let mut reach = Reach::default();
+    for grant in grants {
+        match grant {
+            Capability::Http(sites) => {
+                reach.http |= !sites.is_empty();
+                for site in sites {
+                    let schemes = [Scheme::Http, Scheme::Https].into_iter();
+                    let schemes = schemes.filter(|scheme| site.scheme.is_none_or(|only| only == *scheme));
+                    reach.ports.extend(schemes.map(|scheme| site.port.unwrap_or(scheme.default_port())));
+                }
+            }
+            Capability::Tcp(endpoints) => {
+                reach.tcp = true;
+                reach.ports.extend(endpoints.iter().map(|endpoint| endpoint.port));
+            }
+            Capability::Udp(_) => reach.udp = true,
+            Capability::Dns(_)
+            | Capability::Tmp { .. }
+            | Capability::Clock(_)
+            | Capability::Random
+            | Capability::Env { .. } => {}
+        }
+    }
+    reach
 }
 
 impl Brane {

@@ -9,7 +9,8 @@
 //!  └─ log          `gaia logs --follow` on this terminal
 //! ```
 //!
-//! What it cannot do without privileges it says when it starts: users of their own, cgroups. It opens one socket for
+//! What it cannot do without privileges, or on this kernel, it says when it starts. The roles are in the same sandboxes as on
+//! the appliance. It opens one socket for
 //! `gaia status`, `ps` and `logs`, in a folder of its own that nobody else may enter, and removes it at the end.
 
 use std::ffi::CStr;
@@ -29,6 +30,7 @@ use gaia_init::cores::Cores;
 use gaia_init::lines::Lines;
 use gaia_init::listeners::{self, Listener};
 use gaia_init::roles::{Kind, Place, Role};
+use gaia_init::sandbox::{self, Demand};
 use gaia_init::spawn::Confinement;
 use gaia_init::supervise::{End, Machine, Supervisor};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -101,7 +103,9 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         File::open(root).with_context(|| format!("{}", root.display()))?;
     }
     let mut launcher = Launcher::new(options, folder.into(), &own, cores.workers.len())?;
-    launcher.say("not enforced here: users of their own and cgroups; the appliance has both");
+    let mut missing = vec!["users of their own", "cgroups"];
+    missing.extend(sandbox::not_possible_here());
+    launcher.say(&format!("not enforced here: {}; the appliance has all of it", missing.join(", ")));
     launcher.say(&format!("{cores}; operate it with: gaia --api {} ps", own.socket().display()));
     let mut supervisor = Supervisor::new(launcher, cores, listeners, &[Kind::Control, Kind::Log])?;
     supervisor.run()?;
@@ -260,6 +264,7 @@ impl Machine for Launcher {
         let mut limits = vec![(Resource::Nofile, role.max_files.min(most)), (Resource::Core, 0)];
         limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
         limits.extend(role.max_memory.map(|bytes| (Resource::As, bytes)));
+        limits.extend(role.max_file.map(|bytes| (Resource::Fsize, bytes)));
         let core = number.filter(|_| role.place == Place::OwnCore);
         Confinement { user: None, core, cgroups: Vec::new(), limits }
     }
@@ -290,6 +295,10 @@ impl Machine for Launcher {
             Kind::Log => vec![("GAIA_API".into(), self.socket.clone())],
             _ => Vec::new(),
         }
+    }
+
+    fn demand(&self) -> Demand {
+        Demand::Possible
     }
 
     fn pet(&mut self) {}

@@ -12,5 +12,6 @@ mod limits;
 mod memory;
 mod requests;
 mod run;
+mod sandbox;
 mod supervision;
 mod workers;

@@ -232,6 +232,25 @@ impl Appliance {
         self.debug(&json!({ "ask": what }))
     }
 
+    /// Where a symbolic link inside leads.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn link(&self, path: &str) -> Result<String> {
+        Ok(self.debug(&json!({ "link": path }))?.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// What came of a hostile program's acts in the sandbox of a role.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn hostile(&self, role: &str) -> Result<String> {
+        // Some 60 processes one after the other, under emulation.
+        let request = json!({ "hostile": role }).to_string();
+        let answer: Value = serde_json::from_str(&self.machine.debug()?.request_within(&request, BOOT_WITHIN)?)?;
+        Ok(answer["ok"].as_str().with_context(|| answer.to_string())?.to_owned())
+    }
+
     /// A number that control lists about a running role: `pid`, `millis`, `restarts`.
     ///
     /// # Errors

@@ -79,6 +79,7 @@ impl Machine for Appliance {
         let mut limits = vec![(Resource::Nofile, role.max_files), (Resource::Core, 0)];
         limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
         limits.extend(role.max_memory.map(|bytes| (Resource::As, bytes)));
+        limits.extend(role.max_file.map(|bytes| (Resource::Fsize, bytes)));
         let (core, cgroups) = match role.place {
             Place::Housekeeping => (None, vec![self.groups.system.as_fd()]),
             Place::OwnCore => {

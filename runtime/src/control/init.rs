@@ -35,6 +35,8 @@ pub struct Role {
     pub millis: u64,
     /// `up`, `starting`, `standing-in`, `draining`, `waiting`.
     pub state: String,
+    /// What holds it, as init sees it: `whole`, `partly`, `none`, or what is missing: `no-seccomp.no-user`.
+    pub sandbox: String,
 }
 
 /// A list that init sends in parts, ended by [`ToControl::End`].
@@ -137,9 +139,9 @@ impl Init {
             ToControl::Serving { generation } => self.started(generation, Ok(())),
             ToControl::Failed { generation, reason } => self.started(generation, Err(reason)),
             ToControl::Exited { pid, .. } => control.process_ended(pid),
-            ToControl::Role { name, pid, restarts, millis, state, .. } => {
+            ToControl::Role { name, pid, restarts, millis, state, sandbox, .. } => {
                 if let Some(Listing::Roles(roles, _)) = self.listings.borrow_mut().front_mut() {
-                    roles.push(Role { name, pid, restarts, millis, state });
+                    roles.push(Role { name, pid, restarts, millis, state, sandbox });
                 }
             }
             ToControl::End => match self.listings.borrow_mut().pop_front() {

@@ -21,6 +21,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use gaia_egress::resolve::{self, Resolve as _, Stub};
 use gaia_init::descriptors::Descriptors;
+use gaia_init::sandbox::{self, Demand};
 use gaia_init::wire::{self, FromControl};
 use tokio::sync::{Notify, oneshot};
 
@@ -83,8 +84,10 @@ pub struct Control {
 /// Runs the role.
 ///
 /// # Errors
-/// If what init hands down is not there, or the channel to init breaks.
+/// If its sandbox cannot be closed, what init hands down is not there, or the channel to init breaks.
 pub fn run() -> anyhow::Result<()> {
+    let ports = name_servers().iter().map(SocketAddr::port).collect();
+    sandbox::enter(&sandbox::control::SANDBOX, &ports, Demand::from_environment())?;
     let mut descriptors = Descriptors::inherit()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     tokio::task::LocalSet::new().block_on(&runtime, live(&mut descriptors))

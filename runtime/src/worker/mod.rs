@@ -1,8 +1,8 @@
 //! The worker role: runs every brane of a generation on one core.
 //!
 //! It starts with everything it will ever have: plan, artefacts and listening sockets as open descriptors, a channel
-//! to init, one to control, a page for its counters. It maps, links and pools it all, says ready, and accepts when
-//! init says so. One thread runs guests and connections; a second only ticks the epochs, on the housekeeping cores.
+//! to init, one to control, a page for its counters. It maps, links and pools it all, seals itself with what its graph
+//! grants and nothing more (see [`gaia_init::sandbox::worker`]), says ready, and accepts when init says so. One thread runs guests and connections; a second only ticks the epochs, on the housekeeping cores.
 
 pub mod brane;
 pub mod conversation;
@@ -26,6 +26,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use gaia_init::cores::parse_list;
 use gaia_init::descriptors::Descriptors;
+use gaia_init::sandbox::{Demand, worker as sandbox};
 use gaia_init::wire::{FromWorker, ToWorker};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::thread::CpuSet;
@@ -104,20 +105,23 @@ impl Place {
 /// # Errors
 /// If it cannot get ready; init reports its end.
 pub fn run() -> anyhow::Result<()> {
+    let demand = Demand::from_environment();
     let mut descriptors = Descriptors::inherit()?;
     let place = Place::from_environment()?;
     let core = place.core;
-    let outcome = start(&place, &mut descriptors);
+    let outcome = start(&place, &mut descriptors, demand);
     if let Err(e) = &outcome {
         say(core, &format!("{e:#}"));
     }
     outcome
 }
 
-fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
+fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow::Result<()> {
     let plan =
         read_whole(descriptors.take(&format!("file-{}", plan::FILE))?, plan::MAX_BYTES).context("reading the plan")?;
     let plan: Plan = serde_json::from_slice(&plan).context("reading the plan")?;
+    let reach = plan.reach();
+    sandbox::enter(&reach, demand)?;
     let statistics = Arc::new(Statistics::map(descriptors.take("statistics")?).context("mapping the statistics")?);
     let log = Arc::new(Log::new(Arc::clone(&statistics)));
     let artefacts = descriptors.take_all("file-");
@@ -147,6 +151,8 @@ fn start(place: &Place, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let names = means.network.as_ref().map(|network| Arc::clone(&network.names));
     let (core, number, workers) = (place.core, place.number, plan.workers);
     let worker = Rc::new(Worker { core, number, workers, branes, statistics, log, names, means });
+    // Everything is mapped, linked and pooled, and both threads are there.
+    sandbox::close(&reach, demand)?;
     local.block_on(&runtime, live(worker, descriptors))
 }
 
@@ -176,6 +182,7 @@ fn ticker(each: impl Fn() + Send + 'static) -> Ticker {
 /// behind the very guest that it is to interrupt.
 fn tick(engines: Vec<Engine>, each: Vec<Ticker>, place: &Place, group: Option<OwnedFd>) -> anyhow::Result<()> {
     let (core, cores) = (place.core, place.housekeeping.clone());
+    let (there, arrived) = std::sync::mpsc::channel();
     let body = move || {
         if let Some(group) = group {
             // "0" is the writing thread. Without its own cgroup it ticks on the worker's core: later, but it ticks.
@@ -188,6 +195,7 @@ fn tick(engines: Vec<Engine>, each: Vec<Ticker>, place: &Place, group: Option<Ow
             set.set(*core);
         }
         let _ = rustix::thread::sched_setaffinity(None, &set);
+        let _ = there.send(());
         loop {
             std::thread::sleep(turns::TICK);
             for each in &each {
@@ -201,7 +209,8 @@ fn tick(engines: Vec<Engine>, each: Vec<Ticker>, place: &Place, group: Option<Ow
         .stack_size(64 * 1024)
         .spawn(body)
         .context("starting the tick thread")?;
-    Ok(())
+    // The seal would end a thread that still moves.
+    arrived.recv().context("the tick thread ended")
 }
 
 /// What the accepting and the serving tasks watch.

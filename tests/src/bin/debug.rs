@@ -2,7 +2,7 @@
 //!
 //! One JSON object on each line of the virtio-serial port `gaia.debug`, one on each line back:
 //! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"kill": 77, "signal": 9}`,
-//! `{"ask": "GET /v1/status"}` of control's API. The answer is `{"ok": …}` or `{"error": "…"}`.
+//! `{"ask": "GET /v1/status"}` of control's API, `{"hostile": "worker"}` for what `gaia-hostile` says. The answer is `{"ok": …}` or `{"error": "…"}`.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -68,6 +68,10 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
         let signal = i32::try_from(signal).ok().and_then(signal_of).context("no signal")?;
         kill_process(pid, signal)?;
         return Ok(Value::Null);
+    }
+    if let Some(role) = text("hostile") {
+        let output = std::process::Command::new("/bin/gaia-hostile").arg(role).output().context("gaia-hostile")?;
+        return Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into());
     }
     if let Some(what) = text("ask") {
         return ask(what);

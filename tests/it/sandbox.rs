@@ -1,0 +1,144 @@
+//! Privileges are dropped, and that is proven: from inside, by a program that tries what is forbidden in each role's
+//! sandbox, and from outside, by what the kernel shows of each process.
+
+use gaia_tests::workstation::Folder;
+use gaia_tests::{Appliance, Setup, out};
+
+/// A network grant, so that its worker's seal lets sockets be made.
+const FETCH: &str = r#"
+[brane.cloud-fetch]
+image = "file:./cloud-fetch.wasm"
+replicas = 2
+[brane.cloud-fetch.capability]
+"net.http" = { allowlist = ["http://api.example.org:8080"] }
+"#;
+
+/// Would miss: an act that no layer stops, or a sandbox so tight that its role could not work.
+#[test]
+fn a_hostile_program_gets_nowhere_in_any_role() {
+    let output = std::process::Command::new(out("bin/gaia-hostile")).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    println!("{said}");
+    let wrong: Vec<&str> = said.lines().filter(|line| line.starts_with("WRONG")).collect();
+    assert!(output.status.success(), "{}\n{}", wrong.join("\n"), String::from_utf8_lossy(&output.stderr));
+    assert!(said.lines().count() > 300, "{said}");
+}
+
+/// Would miss: `gaia run` that leaves its roles open where the kernel could close them, or that does not say so.
+#[test]
+fn the_roles_of_a_workstation_are_in_their_sandboxes_too() {
+    let run = Folder::with(gaia_tests::HELLO).unwrap();
+    let run = run.run(&["--workers", "1"]).unwrap().serving().unwrap();
+    assert_eq!(run.get("/hello").unwrap().status, 200);
+    let status = run.ask("status").unwrap();
+    for role in status["roles"].as_array().unwrap().iter().filter(|role| role["name"] != "init") {
+        assert_eq!(role["sandbox"], "whole", "{role}");
+        for (name, text) in threads(role["pid"].as_i64().unwrap()) {
+            let field = |name: &str| field(&text, name);
+            assert_eq!((field("Seccomp").as_str(), field("NoNewPrivs").as_str()), ("2", "1"), "{role} {name}");
+            for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+                assert_eq!(field(set), "0000000000000000", "{role} {name} {set}");
+            }
+        }
+    }
+}
+
+/// The `status` of all threads of a process of this machine.
+fn threads(pid: i64) -> Vec<(String, String)> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let status = |task: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(task.path().join("status")).unwrap();
+        (task.file_name().to_string_lossy().into_owned(), text)
+    };
+    tasks.map(|task| status(task.unwrap())).collect()
+}
+
+fn field(status: &str, name: &str) -> String {
+    let value = status.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
+    value.unwrap_or_default().trim().to_owned()
+}
+
+/// What a role's descriptors may be: prefixes of what `/proc/PID/fd` shows.
+fn descriptors(role: &str) -> &'static [&'static str] {
+    match role.split('@').next().unwrap_or_default() {
+        // Null, the kernel's log, channels and listening sockets, its own event loop, statistics, artefacts, the cgroup
+        // of its tick thread.
+        "worker" => &[
+            "/dev/null",
+            "/dev/kmsg",
+            "socket:",
+            "anon_inode:[eventpoll]",
+            "anon_inode:[eventfd]",
+            "/memfd:",
+            "/sys/fs/cgroup/workers/",
+        ],
+        "control" => {
+            &["/dev/null", "/dev/kmsg", "socket:", "anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/memfd:", "/seed"]
+        }
+        "console" => &["/dev/ttyS0", "socket:", "anon_inode:[eventpoll]", "anon_inode:[eventfd]"],
+        // A role without a table: none of its descriptors is what it should be.
+        _ => &[],
+    }
+}
+
+/// Would miss: a thread without a filter, a capability, a descriptor that nobody meant to hand down, memory that could
+/// be written and run.
+#[test]
+fn every_process_of_the_appliance_is_held_as_its_role_says() {
+    let appliance = Appliance::boot(&Setup::default().graph(FETCH)).unwrap();
+    let status = appliance.ask("GET /v1/status").unwrap();
+    let mut seen = 0;
+    for role in status["roles"].as_array().unwrap() {
+        let name = role["name"].as_str().unwrap();
+        if ["init", "debug"].contains(&name) {
+            continue;
+        }
+        seen += 1;
+        assert_eq!(role["sandbox"], "whole", "{role}");
+        let pid = role["pid"].as_i64().unwrap();
+        for thread in appliance.list(&format!("/proc/{pid}/task")).unwrap() {
+            let text = appliance.read(&format!("/proc/{pid}/task/{thread}/status")).unwrap();
+            for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+                assert_eq!(field(&text, set), "0000000000000000", "{name} {set}");
+            }
+            let filters = if name.starts_with("worker") { "2" } else { "1" };
+            let shown = ["NoNewPrivs", "Seccomp", "Seccomp_filters"].map(|f| field(&text, f));
+            assert_eq!(shown, ["1", "2", filters], "{name} {thread}");
+            assert!(!field(&text, "Uid").split_whitespace().any(|id| id == "0"), "{name}");
+        }
+        let cgroup = appliance.read(&format!("/proc/{pid}/cgroup")).unwrap();
+        let home = if name.starts_with("worker") { "0::/workers" } else { "0::/system" };
+        assert!(cgroup.starts_with(home), "{name}: {cgroup}");
+        for fd in appliance.list(&format!("/proc/{pid}/fd")).unwrap() {
+            let Ok(what) = appliance.link(&format!("/proc/{pid}/fd/{fd}")) else { continue };
+            assert!(descriptors(name).iter().any(|prefix| what.starts_with(prefix)), "{name} holds {what}");
+        }
+        executable_is_only_what_may_be(name, &appliance.read(&format!("/proc/{pid}/maps")).unwrap());
+    }
+    assert!(seen >= 4, "control, console, workers: {status}");
+    appliance.power_off().unwrap();
+}
+
+fn executable_is_only_what_may_be(name: &str, maps: &str) {
+    for line in maps.lines() {
+        let mut words = line.split_whitespace();
+        let (rights, path) = (words.nth(1).unwrap_or_default(), words.nth(3).unwrap_or_default());
+        assert!(!(rights.contains('w') && rights.contains('x')), "{name} can write what it runs: {line}");
+        let own = ["/bin/gaia", "[vdso]", "[vsyscall]"].contains(&path);
+        let artefact = name.starts_with("worker") && path.starts_with("/memfd:artefact");
+        assert!(!rights.contains('x') || own || artefact, "{name} runs what it should not: {line}");
+    }
+}
+
+/// Would miss: a layer that the appliance's kernel does not have, or has otherwise than the one this is developed on.
+#[test]
+fn a_hostile_program_gets_nowhere_on_the_appliance() {
+    let appliance = Appliance::boot(&Setup::default()).unwrap();
+    for role in ["control", "compile", "starting", "sealed", "sealed-http", "console", "log"] {
+        let said = appliance.hostile(role).unwrap();
+        println!("{said}");
+        let wrong: Vec<&str> = said.lines().filter(|line| line.starts_with("WRONG")).collect();
+        assert!(said.contains(" 0 wrong") && wrong.is_empty(), "{role}: {}\n{said}", wrong.join("\n"));
+    }
+    appliance.power_off().unwrap();
+}
