@@ -1220,6 +1220,19 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_is_not_held_whole_is_killed_when_it_says_ready() {
+        let (mut supervisor, mut process, far) = supervising(Kind::Worker);
+        supervisor.children[0].phase = Phase::Starting;
+        wire::send(&far, &FromWorker::Ready, &[]).unwrap();
+        supervisor.read_channels();
+        let [line] = supervisor.machine.said.as_slice() else { panic!("{:?}", supervisor.machine.said) };
+        assert!(line.contains("its sandbox is not closed: without ") && line.contains("seccomp"), "{line}");
+        assert_eq!(supervisor.children[0].phase, Phase::Starting, "it does not serve");
+        let status = std::os::unix::process::ExitStatusExt::signal(&process.wait().unwrap());
+        assert_eq!(status, Some(9));
+    }
+
+    #[test]
     fn lines_for_the_console_are_taken_a_few_in_a_turn_and_none_is_lost() {
         let (mut supervisor, mut process, far) = supervising(Kind::Control);
         for n in 0..100 {

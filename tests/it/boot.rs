@@ -33,9 +33,19 @@ fn it_serves_from_a_component_shows_itself_and_powers_off_without_a_complaint() 
     let transcript = appliance.power_off().unwrap();
     assert!(transcript.contains("going down: power off"));
     assert_eq!(kernel_complaints(&transcript), Vec::<&str>::new(), "in\n{transcript}");
-    for step in
-        ["mounts", "settings", "kernel", "cores", "cgroups", "network", "listeners", "watchdog", "console", "seal"]
-    {
+    for step in [
+        "mounts",
+        "settings",
+        "kernel",
+        "cores",
+        "cgroups",
+        "sandboxes",
+        "network",
+        "listeners",
+        "watchdog",
+        "console",
+        "seal",
+    ] {
         let line = transcript
             .lines()
             .find(|l| l.contains(&format!(" ms  {step}")))

@@ -1,8 +1,9 @@
 //! Privileges are dropped, and that is proven: from inside, by a program that tries what is forbidden in each role's
 //! sandbox, and from outside, by what the kernel shows of each process.
 
+use gaia_qemu::{Machine, MachineBuilder};
 use gaia_tests::workstation::Folder;
-use gaia_tests::{Appliance, Setup, out};
+use gaia_tests::{ANSWER_WITHIN, Appliance, BOOT_WITHIN, Setup, out};
 
 /// A network grant, so that its worker's seal lets sockets be made.
 const FETCH: &str = r#"
@@ -141,4 +142,14 @@ fn a_hostile_program_gets_nowhere_on_the_appliance() {
         assert!(said.contains(" 0 wrong") && wrong.is_empty(), "{role}: {}\n{said}", wrong.join("\n"));
     }
     appliance.power_off().unwrap();
+}
+
+/// Would miss: an appliance that serves although a layer of its sandboxes is not there.
+#[test]
+fn a_kernel_without_landlock_does_not_serve() {
+    let machine = MachineBuilder::new(out("bzImage")).initrd(out("initramfs.zst")).append(gaia_image::COMMAND_LINE);
+    let machine = Machine::boot(&machine.append("lsm=yama").append("gaia.on_failure=poweroff")).unwrap();
+    machine.console().wait_for("cannot go on: sandboxes: this kernel has not: Landlock", BOOT_WITHIN).unwrap();
+    assert!(machine.wait_exit(ANSWER_WITHIN).unwrap().success());
+    assert!(!machine.console().transcript().contains("serving"));
 }

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 
 use gaia_init::cores::{Cores, list, parse_list};
+use gaia_init::sandbox;
 use gaia_init::settings::Settings;
 
 use crate::power::OnFailure;
@@ -151,6 +152,14 @@ pub(crate) fn cores() -> Result<(Cores, String), Failure> {
     let cores = Cores::divide(&online);
     let said = cores.to_string();
     Ok((cores, said))
+}
+
+/// Whether this kernel can do all that the roles' sandboxes are made of.
+pub(crate) fn sandboxes() -> Result<String, Failure> {
+    match sandbox::not_possible_here().as_slice() {
+        [] => Ok("Landlock and seccomp; a role that cannot close its own does not run, a worker does not serve".into()),
+        missing => Err(format!("this kernel has not: {}", missing.join(", ")).into()),
+    }
 }
 
 /// Keeps interrupts and kernel work off the worker cores, where the hardware lets itself be told, and says what the

@@ -59,6 +59,7 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     let _ = report.step("kernel", || kernel::set_all(&settings));
     let cores = report.step("cores", kernel::cores).unwrap_or_else(|_| Cores::divide(&[]));
     let groups = report.step("cgroups", || cgroups::Groups::make(&cores, kernel::total_kib() * 1024))?;
+    report.step("sandboxes", kernel::sandboxes)?;
     let _ = report.step("interrupts", || kernel::steer_interrupts(&cores));
     let _ = report.step("network", || network::up(&settings.network));
     let listeners = report.step("listeners", || listen(&settings.ingress.http, &cores));
