@@ -175,6 +175,22 @@ const ACTS: &[Act] = &[
     // ── the network ──
     Act { name: "connect to a port that is not listed", permitted: &[], attempt: |p| connect(p.stranger) },
     Act {
+        name: "connect by sending, past Landlock",
+        permitted: &[],
+        attempt: |p| {
+            let SocketAddr::V4(to) = p.stranger else { return Err(libc::EAFNOSUPPORT) };
+            let mut address = [0_u8; 16];
+            address[0] = 2;
+            address[2..4].copy_from_slice(&to.port().to_be_bytes());
+            address[4..8].copy_from_slice(&to.ip().octets());
+            let kind = rustix::net::SocketType::STREAM;
+            let socket = rustix::net::socket(rustix::net::AddressFamily::INET, kind, None);
+            let socket = socket.map_err(rustix::io::Errno::raw_os_error)?;
+            let flags = i64::from(libc::MSG_FASTOPEN);
+            call(libc::SYS_sendto, &[i64::from(socket.as_raw_fd()), pointer(&b'x'), 1, flags, pointer(&address), 16])
+        },
+    },
+    Act {
         name: "connect to a port that is listed",
         permitted: &["control", "sealed-http"],
         attempt: |p| connect(p.friend),
