@@ -469,6 +469,21 @@ mod tests {
     }
 
     #[test]
+    fn a_confined_thread_opens_what_its_list_names_and_nothing_else() {
+        if !has_landlock() {
+            return;
+        }
+        // Landlock holds the thread that asked for it, and those it starts.
+        let confined = std::thread::spawn(|| {
+            confine(&worker::START, &BTreeSet::new(), false, Demand::Possible).unwrap();
+            let open = |path: &str| std::fs::File::open(path).map(drop).map_err(|e| e.kind());
+            [open("/proc/self/statm"), open("/proc/self/status"), open("/dev/null"), open("/etc/passwd")]
+        });
+        let refused = Err(std::io::ErrorKind::PermissionDenied);
+        assert_eq!(confined.join().unwrap(), [Ok(()), refused, refused, refused]);
+    }
+
+    #[test]
     fn what_runs_these_tests_is_not_confined() {
         let missing = missing_of(std::process::id().cast_signed(), Demand::Whole).unwrap();
         assert!(missing.contains(&"seccomp"), "{missing:?}");
