@@ -137,6 +137,18 @@ impl Statistics {
     }
 }
 
+#[cfg(test)]
+impl Statistics {
+    /// A page of its own, as init makes one.
+    pub(crate) fn page() -> Arc<Self> {
+        use rustix::fs::{MemfdFlags, SealFlags};
+        let fd = rustix::fs::memfd_create("statistics", MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&fd, STATISTICS_BYTES).unwrap();
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        Arc::new(Self::map(&fd).unwrap())
+    }
+}
+
 impl std::ops::Deref for Statistics {
     type Target = Page;
 

@@ -126,7 +126,8 @@ fn latencies(run: &Run, times: usize, meanwhile: &str, beside: usize) -> Vec<Dur
         let busy = |run: &Run| {
             let branes = run.ask("ps").unwrap()["branes"].as_array().unwrap().clone();
             let name = meanwhile.trim_start_matches('/').split('?').next().unwrap().to_owned();
-            branes.iter().find(|b| b["name"] == name.as_str()).unwrap()["busy"].as_u64().unwrap()
+            // Control may not have heard yet that it serves.
+            branes.iter().find(|b| b["name"] == name.as_str()).map_or(0, |b| b["busy"].as_u64().unwrap())
         };
         let deadline = Instant::now() + Duration::from_secs(20);
         while busy(run) < beside as u64 {

@@ -1,25 +1,13 @@
 //! Control: reads the seed, resolves names, answers operators.
 
-use nix::libc::{
-    AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, O_CREAT, O_RDWR, O_TRUNC, O_WRONLY, SOCK_DGRAM, SOCK_STREAM,
-    TCP_NODELAY,
-};
+use nix::libc::{IPPROTO_TCP, TCP_NODELAY};
 
+use super::program::WRITES;
+use super::sockets::{DATAGRAM, STREAM, TCP, UDP, USUAL, V4, V6};
 use super::{Call, Sandbox, Test, call, event_loop, is, program, without};
 
-/// Not `O_ACCMODE`: musl counts `O_PATH` to it.
-const WRITES: i32 = O_WRONLY | O_RDWR | O_CREAT | O_TRUNC;
 const READ_ONLY_1: Test = without(1, WRITES, "O_RDONLY");
 const READ_ONLY_2: Test = without(2, WRITES, "O_RDONLY");
-const V4: Test = is(0, AF_INET, "AF_INET");
-const V6: Test = is(0, AF_INET6, "AF_INET6");
-const STREAM: Test = Test { argument: 1, mask: 0xf, is: SOCK_STREAM.cast_unsigned(), says: "SOCK_STREAM" };
-const DATAGRAM: Test = Test { argument: 1, mask: 0xf, is: SOCK_DGRAM.cast_unsigned(), says: "SOCK_DGRAM" };
-/// Not of another protocol: Landlock knows the ports of TCP alone, and MPTCP has streams too.
-const USUAL: Test = is(2, 0, "the usual protocol");
-const TCP: Test = is(2, IPPROTO_TCP, "TCP");
-const UDP: Test = is(2, IPPROTO_UDP, "UDP");
-
 const OWN: &[Call] = &[
     call!(SYS_open = open, [[READ_ONLY_1]], "the machine's memory in figures, /proc/meminfo"),
     call!(SYS_openat = openat, [[READ_ONLY_2]], "the graph and its components in the seed"),

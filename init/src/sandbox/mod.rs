@@ -20,6 +20,7 @@ pub mod control;
 mod event_loop;
 pub mod log;
 mod program;
+mod sockets;
 pub mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};

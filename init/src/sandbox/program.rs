@@ -2,11 +2,14 @@
 //! does not hold already.
 
 use nix::libc::{
-    F_ADD_SEALS, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_GETFL, F_SETFD, F_SETFL, PROT_EXEC, PROT_READ, SIGABRT,
+    F_ADD_SEALS, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_GETFL, F_SETFD, F_SETFL, O_CREAT, O_RDWR, O_TRUNC, O_WRONLY,
+    PROT_EXEC, PROT_READ, SIGABRT,
 };
 
 use super::{Call, Test, call, is, without};
 
+/// Opening for more than reading. Not `O_ACCMODE`: musl counts `O_PATH` to it.
+pub(super) const WRITES: i32 = O_WRONLY | O_RDWR | O_CREAT | O_TRUNC;
 pub(super) const NO_EXEC: Test = without(2, PROT_EXEC, "not PROT_EXEC");
 pub(super) const READ_EXEC: Test = is(2, PROT_READ | PROT_EXEC, "PROT_READ|PROT_EXEC");
 

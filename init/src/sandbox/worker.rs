@@ -6,12 +6,13 @@
 use std::collections::BTreeSet;
 
 use nix::libc::{
-    AF_INET, AF_INET6, IP_TTL, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, IPPROTO_UDP, IPV6_UNICAST_HOPS, IPV6_V6ONLY,
-    O_CREAT, O_RDWR, O_TRUNC, O_WRONLY, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, SO_KEEPALIVE, SO_LINGER, SO_RCVBUF,
-    SO_REUSEADDR, SO_SNDBUF, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL,
+    IP_TTL, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, IPV6_UNICAST_HOPS, IPV6_V6ONLY, PR_SET_NAME, PR_SET_NO_NEW_PRIVS,
+    SO_KEEPALIVE, SO_LINGER, SO_RCVBUF, SO_REUSEADDR, SO_SNDBUF, SOL_SOCKET, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL,
     TCP_NODELAY, TCP_USER_TIMEOUT,
 };
 
+use super::program::WRITES;
+use super::sockets::{DATAGRAM, STREAM, TCP, UDP, USUAL, V4, V6};
 use super::{Call, Demand, Error, Sandbox, Test, Threads, call, confine, event_loop, filter, is, program, without};
 
 /// What a graph lets a worker reach.
@@ -27,22 +28,11 @@ pub struct Reach {
     pub ports: BTreeSet<u16>,
 }
 
-/// Not `O_ACCMODE`: musl counts `O_PATH` to it.
-const WRITES: i32 = O_WRONLY | O_RDWR | O_CREAT | O_TRUNC;
 /// The flags of musl's `pthread_create`: `CLONE_VM|FS|FILES|SIGHAND|THREAD|SYSVSEM|SETTLS|PARENT_SETTID|CHILD_CLEARTID`
 /// and the historical `CLONE_DETACHED`.
 const THREAD: Test = is(0, 0x7d_0f00, "a thread");
 const TCP_LEVEL: Test = is(1, IPPROTO_TCP, "IPPROTO_TCP");
 const SOCKET_LEVEL: Test = is(1, SOL_SOCKET, "SOL_SOCKET");
-const V4: Test = is(0, AF_INET, "AF_INET");
-const V6: Test = is(0, AF_INET6, "AF_INET6");
-const STREAM: Test = Test { argument: 1, mask: 0xf, is: SOCK_STREAM.cast_unsigned(), says: "SOCK_STREAM" };
-const DATAGRAM: Test = Test { argument: 1, mask: 0xf, is: SOCK_DGRAM.cast_unsigned(), says: "SOCK_DGRAM" };
-/// Not of another protocol: Landlock knows the ports of TCP alone, and MPTCP has streams too.
-const USUAL: Test = is(2, 0, "the usual protocol");
-const TCP: Test = is(2, IPPROTO_TCP, "TCP");
-const UDP: Test = is(2, IPPROTO_UDP, "UDP");
-
 /// Until the seal.
 const STARTING: &[Call] = &[
     call!(SYS_open = open, [[without(1, WRITES, "O_RDONLY")]], "mapping an artefact by its descriptor's name in /proc"),

@@ -272,9 +272,7 @@ mod tests {
     use crate::statistics::Statistics;
     use crate::worker::conversation::Names;
     use gaia_egress::{Error as E, Shared};
-    use gaia_init::supervise::STATISTICS_BYTES;
     use gaia_manifest::Site;
-    use rustix::fs::{MemfdFlags, SealFlags};
     use std::io::ErrorKind;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -323,10 +321,7 @@ mod tests {
 
     /// An instance that may send to these sites, and its log.
     fn instance(sites: &[String]) -> (Requests, Arc<Statistics>) {
-        let fd = rustix::fs::memfd_create("s", MemfdFlags::ALLOW_SEALING).unwrap();
-        rustix::fs::ftruncate(&fd, STATISTICS_BYTES).unwrap();
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-        let page = Arc::new(Statistics::map(&fd).unwrap());
+        let page = Statistics::page();
         let names = Arc::new(Names::default()).share();
         let shared = Shared::new(names, gaia_egress::roots("").unwrap(), 1, 1).unwrap();
         let sites = sites.iter().map(|site| Site::parse(site).unwrap()).collect();

@@ -151,19 +151,10 @@ mod tests {
     use super::*;
     use crate::log::{Event, Log, Reader, Subject};
     use crate::statistics::Statistics;
-    use gaia_init::supervise::STATISTICS_BYTES;
-    use rustix::fs::{MemfdFlags, SealFlags};
-
-    fn page() -> Arc<Statistics> {
-        let fd = rustix::fs::memfd_create("s", MemfdFlags::ALLOW_SEALING).unwrap();
-        rustix::fs::ftruncate(&fd, STATISTICS_BYTES).unwrap();
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-        Arc::new(Statistics::map(&fd).unwrap())
-    }
 
     #[test]
     fn sockets_lead_out_to_what_is_listed_and_each_refusal_but_a_strangers_is_told() {
-        let page = page();
+        let page = Statistics::page();
         let instance = Arc::new(Instance::new(Arc::new(Log::new(Arc::clone(&page))), Subject::Brane(0, 1)));
         let listed = |entry: &str| Some(Arc::from([Endpoint::parse(entry).unwrap()]));
         let place = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
@@ -205,7 +196,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let _inside = runtime.enter();
         let (mut table, reach) = (ResourceTable::new(), Reach::default());
-        let instance = Arc::new(Instance::new(Arc::new(Log::new(page())), Subject::Worker));
+        let instance = Arc::new(Instance::new(Arc::new(Log::new(Statistics::page())), Subject::Worker));
         let mut view = View { table: &mut table, reach: &reach, instance: &instance };
         let mut all: Vec<_> = (0..SOCKETS).map(|_| view.create_tcp_socket(IpAddressFamily::Ipv4).unwrap()).collect();
         let error = view.create_tcp_socket(IpAddressFamily::Ipv4).unwrap_err();

@@ -463,16 +463,7 @@ impl Iterator for Reader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use gaia_init::supervise::STATISTICS_BYTES;
     use proptest::prelude::*;
-    use rustix::fs::{MemfdFlags, SealFlags};
-
-    fn page() -> Arc<Statistics> {
-        let fd = rustix::fs::memfd_create("s", MemfdFlags::ALLOW_SEALING).unwrap();
-        rustix::fs::ftruncate(&fd, STATISTICS_BYTES).unwrap();
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-        Arc::new(Statistics::map(&fd).unwrap())
-    }
 
     fn line(text: impl Into<Cow<'static, str>>) -> Event<'static> {
         Event::Log { stream: Stream::Out, text: text.into() }
@@ -484,7 +475,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_in_order() {
-        let page = page();
+        let page = Statistics::page();
         let (log, mut reader) = (Log::new(Arc::clone(&page)), Reader::new(&page));
         let ms = Duration::from_millis;
         let all = [
@@ -515,7 +506,7 @@ mod tests {
 
     #[test]
     fn a_flood_leaves_room_for_others_and_its_drops_are_told() {
-        let page = page();
+        let page = Statistics::page();
         let (log, mut reader) = (Log::new(Arc::clone(&page)), Reader::new(&page));
         for n in 0..10 * SLOTS {
             log.write(Subject::Brane(0, 1), &kill(n.to_string()));
@@ -561,7 +552,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_sleeps_is_woken_by_the_next_record() {
-        let page = page();
+        let page = Statistics::page();
         let log = Log::new(Arc::clone(&page));
         let mut reader = Reader::new(&page);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -576,7 +567,7 @@ mod tests {
 
     #[test]
     fn a_page_that_was_tampered_with_is_read_to_an_end() {
-        let page = page();
+        let page = Statistics::page();
         let mut reader = Reader::new(&page);
         page.log.head.store(u64::MAX, Relaxed);
         assert_eq!(reader.next(), None);
@@ -593,7 +584,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_read_was_written_in_that_order(turns in proptest::collection::vec((0_usize..3, "\\PC{0,60}", 1_usize..80, any::<bool>()), 1..400)) {
-            let page = page();
+            let page = Statistics::page();
             let (log, mut reader) = (Log::new(Arc::clone(&page)), Reader::new(&page));
             let mut written = std::collections::VecDeque::new();
             for (brane, text, times, reads) in turns {
@@ -611,7 +602,7 @@ mod tests {
 
         #[test]
         fn any_content_is_read_to_an_end(words in proptest::collection::vec(any::<u64>(), 0..200), head in 0_u64..9000) {
-            let page = page();
+            let page = Statistics::page();
             for (at, word) in words.iter().enumerate() { page.log.slots[at / WORDS][at % WORDS].store(*word, Relaxed); }
             page.log.head.store(head, Relaxed);
             let mut reader = Reader::new(&page);
