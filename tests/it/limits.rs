@@ -334,6 +334,9 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
     assert_eq!(run.get("/grow?mib=60").unwrap().text(), "got 60 of 60 MiB\n", "there is enough again");
 }
 
+/// In place of a status.
+const BROKEN_OFF: u16 = 0;
+
 /// Would miss: a worker that does not read its cgroup, marks that are too high, a limit that the kernel enforces first.
 #[test]
 fn on_the_appliance_the_kernel_has_nobody_to_kill() {
@@ -345,28 +348,33 @@ fn on_the_appliance_the_kernel_has_nobody_to_kill() {
     let (limit, before) = (number("memory.max"), number("memory.current"));
     let workers = ["worker@0", "worker@1"].map(|worker| appliance.pid(worker).unwrap());
     let port = appliance.port().unwrap();
-    // Of many connections that are made at once here, some get no answer. Natively none do, with the same workers, so QEMU's
-    // user network is suspected; it is not proven, and one was seen that a worker had accepted without seeing its request.
-    let heard = Duration::from_secs(8);
+    let heard = Duration::from_secs(30);
     let stop = Instant::now() + Duration::from_secs(20);
     let mut quiet = 0;
     let got = std::thread::scope(|scope| {
         let client = |client: usize| {
             let path = if client.is_multiple_of(2) { "/touch" } else { "/grow?mib=60" };
             scope.spawn(move || {
+                // QEMU's user network listens with a queue of one (`ss -ltn` shows it). Of connections that are made at
+                // once, the others wait on this side for their retransmissions, which come at once again: on the wire to
+                // the machine they never appear, for minutes.
+                std::thread::sleep(Duration::from_millis(25) * u32::try_from(client).unwrap());
                 let mut all = Vec::new();
                 while Instant::now() < stop {
-                    all.push(http::get(port, path, heard).map_or(0, |answer| answer.status));
+                    all.push(match http::get(port, path, heard) {
+                        Ok(answer) => answer.status,
+                        // It was ended after its answer's head had gone out.
+                        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => BROKEN_OFF,
+                        Err(e) => panic!("{path}: {e}"),
+                    });
                 }
                 all
             })
         };
         let clients: Vec<_> = (0..48).map(client).collect();
         while Instant::now() < stop {
-            if let Ok(answer) = http::get(port, "/quiet", heard) {
-                assert_eq!(answer.text(), "hello\n");
-                quiet += 1;
-            }
+            assert_eq!(http::get(port, "/quiet", heard).unwrap().text(), "hello\n");
+            quiet += 1;
         }
         clients.into_iter().flat_map(|client| client.join().unwrap()).collect::<Vec<_>>()
     });
@@ -376,12 +384,12 @@ fn on_the_appliance_the_kernel_has_nobody_to_kill() {
         number("memory.peak"),
         count(200),
         count(500),
-        count(503)
+        count(503) + count(BROKEN_OFF)
     );
+    assert_eq!(count(200) + count(500) + count(503) + count(BROKEN_OFF), got.len(), "nothing else became of any");
+    assert!(count(503) > 0, "no instance was ended");
     let events = appliance.read("/sys/fs/cgroup/workers/memory.events").unwrap();
     assert!(events.contains("oom 0\n") && events.contains("oom_kill 0\n"), "{events}");
-    assert!(count(503) + count(500) > 0, "growth was never refused and no instance ended");
-    assert!(quiet > 0 && count(200) > count(0), "{quiet} answers of the other brane, {} of guests lost", count(0));
     assert_eq!(["worker@0", "worker@1"].map(|worker| appliance.pid(worker).unwrap()), workers);
     appliance.power_off().unwrap();
 }
