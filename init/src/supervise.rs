@@ -125,6 +125,9 @@ pub enum Error {
     /// Signals cannot be read as a descriptor.
     #[error("signalfd: {0}")]
     Signals(nix::errno::Errno),
+    /// There is no file in memory for control's key.
+    #[error("memfd: {0}")]
+    Key(rustix::io::Errno),
     /// Waiting for events failed.
     #[error("poll: {0}")]
     Poll(rustix::io::Errno),
@@ -248,6 +251,8 @@ pub struct Supervisor<M> {
     signals: SignalFd,
     children: Vec<Child>,
     seats: Vec<Seat>,
+    /// Control's secret, which it fills itself: kept for the next control, and never read here.
+    key: OwnedFd,
     current: Option<Generation>,
     next: Option<Generation>,
     incoming: Option<Generation>,
@@ -286,6 +291,7 @@ impl<M: Machine> Supervisor<M> {
             listeners,
             signals,
             children: Vec::new(),
+            key: key().map_err(Error::Key)?,
             seats,
             current: None,
             next: None,
@@ -689,7 +695,10 @@ impl<M: Machine> Supervisor<M> {
         }
         let mut descriptors: Vec<(String, BorrowedFd<'_>)> = vec![];
         match kind {
-            Kind::Control => descriptors.push(("init".into(), far.as_fd())),
+            Kind::Control => {
+                descriptors.push(("init".into(), far.as_fd()));
+                descriptors.push(("key".into(), self.key.as_fd()));
+            }
             Kind::Compile => descriptors.push(("control".into(), far.as_fd())),
             Kind::Worker => {
                 descriptors.push(("init".into(), far.as_fd()));
@@ -1022,6 +1031,12 @@ fn cause(status: WaitStatus) -> String {
 fn is_alive(pid: i32) -> bool {
     let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     Pid::from_raw(pid).is_some_and(|pid| matches!(rustix::process::waitid(WaitId::Pid(pid), look), Ok(None)))
+}
+
+/// An empty file in memory, which control fills and seals.
+fn key() -> Result<OwnedFd, rustix::io::Errno> {
+    use rustix::fs::MemfdFlags;
+    rustix::fs::memfd_create("key", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
 }
 
 /// Shared memory of a fixed size that neither side can shrink or grow.

@@ -56,7 +56,8 @@ impl Channel {
 }
 
 /// All seals: nobody can change the content any more, so it can be read and mapped without fear of who else holds it.
-const SEALED: SealFlags = SealFlags::SEAL.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::WRITE);
+pub(crate) const SEALED: SealFlags =
+    SealFlags::SEAL.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::WRITE);
 
 /// Puts bytes into a file in memory and seals it.
 ///

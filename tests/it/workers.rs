@@ -189,7 +189,7 @@ fn a_killed_control_loses_nothing_and_the_new_one_finds_the_workers() {
     let (load, ()) = load(appliance.port().unwrap(), "/burn?n=1000000", || {
         served(&appliance, 20);
         appliance.kill(old, SIGKILL).unwrap();
-        appliance.line("took over generation 1: 1 branes, 2 workers", ANSWER_WITHIN).unwrap();
+        appliance.line("took over generation 1: 1 branes, 2 workers, 1 artefacts", ANSWER_WITHIN).unwrap();
         served(&appliance, 20);
     });
     println!("{} answered, {} failed; slowest {:?}", load.answered, load.failed, load.slowest);

@@ -19,9 +19,10 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use sha2::{Digest as _, Sha256};
 
 use super::Control;
+use super::artefact::{self, Artefact};
 use super::init::Found;
-use crate::channel::{Channel, is_sealed, read_whole, sealed};
-use crate::compile::{self, MAX_COMPONENT, MAX_REPORT, Report, Word};
+use crate::channel::{Channel, read_whole, sealed};
+use crate::compile::{MAX_COMPONENT, MAX_REPORT, Report, Word};
 use crate::plan::{self, Plan};
 use crate::secrets::{self, Secret, Secrets};
 use crate::{engine, review};
@@ -142,13 +143,6 @@ impl Source {
     }
 }
 
-/// A compiled component.
-struct Compiled {
-    digest: String,
-    report: Report,
-    artefact: OwnedFd,
-}
-
 /// Starts the graph. If there is none or it does not come up, the appliance starts an empty one, answers 404 to everything
 /// and says why on its console.
 pub(super) async fn first(control: &Control, source: Option<&Source>, found: &Found) -> anyhow::Result<()> {
@@ -233,12 +227,15 @@ fn count(workers: usize) -> u32 {
 }
 
 /// Hands the generation's files to init and has it started.
-async fn start(control: &Control, plan: Plan, artefacts: &[(String, OwnedFd)]) -> anyhow::Result<()> {
+async fn start(control: &Control, plan: Plan, artefacts: &[Artefact]) -> anyhow::Result<()> {
     let generation = plan.generation;
     let file = sealed(plan::FILE, &serde_json::to_vec(&plan)?)?;
     control.init.tell(&FromControl::File { generation, name: plan::FILE.into() }, &[file.as_fd()]).await;
-    for (name, artefact) in artefacts {
-        control.init.tell(&FromControl::File { generation, name: name.clone() }, &[artefact.as_fd()]).await;
+    let origins = sealed(artefact::ORIGINS, &artefact::origins(artefacts)?)?;
+    control.init.tell(&FromControl::File { generation, name: artefact::ORIGINS.into() }, &[origins.as_fd()]).await;
+    for artefact in artefacts {
+        let name = artefact.name();
+        control.init.tell(&FromControl::File { generation, name }, &[artefact.file.as_fd()]).await;
     }
     let plan = Rc::new(plan);
     // Before its workers are there: they may have something to say before they are ready.
@@ -256,7 +253,7 @@ async fn planned(
     source: &Source,
     workers: u32,
     generation: u32,
-) -> anyhow::Result<(Plan, Vec<(String, OwnedFd)>)> {
+) -> anyhow::Result<(Plan, Vec<Artefact>)> {
     let name = source.shown.as_str();
     let text = match source.read(&source.graph, gaia_manifest::MAX_BYTES as u64) {
         Err(e) if e.kind() == ErrorKind::NotFound && source.seed => anyhow::bail!(NO_GRAPH),
@@ -290,9 +287,9 @@ async fn planned(
         control.say(&warning.render(name, &text, false)).await;
         control.words.borrow_mut().push(warning.message.clone());
     }
-    let mut artefacts: Vec<_> = compiled.into_values().map(|c| (artefact_name(&c.digest), c.artefact)).collect();
-    artefacts.sort_by(|a, b| a.0.cmp(&b.0));
-    artefacts.dedup_by(|a, b| a.0 == b.0);
+    let mut artefacts: Vec<_> = compiled.into_values().collect();
+    artefacts.sort_by(|a, b| a.digest.cmp(&b.digest));
+    artefacts.dedup_by(|a, b| a.digest == b.digest);
     let sends = branes.iter().flat_map(|brane| &brane.grants).any(|grant| matches!(grant, Capability::Http(_)));
     let roots = if sends { source.roots()? } else { String::new() };
     Ok((Plan { generation, workers, branes, roots }, artefacts))
@@ -319,7 +316,7 @@ fn secrets_of(brane: &Brane, known: &Secrets) -> (Vec<(String, Secret)>, Vec<Dia
 
 fn planned_brane(
     brane: &Brane,
-    compiled: &Compiled,
+    compiled: &Artefact,
     needs: plan::Needs,
     secrets: Vec<(String, Secret)>,
 ) -> plan::Brane {
@@ -327,7 +324,7 @@ fn planned_brane(
         name: brane.name.value.clone(),
         image: brane.image.value.to_string(),
         digest: compiled.digest.clone(),
-        artefact: artefact_name(&compiled.digest),
+        artefact: compiled.name(),
         needs,
         host: brane.ingress.host.as_ref().map(ToString::to_string),
         path: brane.ingress.path.clone(),
@@ -339,10 +336,6 @@ fn planned_brane(
         deadline: brane.limits.deadline,
         body_max: brane.limits.body_max,
     }
-}
-
-fn artefact_name(digest: &str) -> String {
-    format!("artefact-{}", digest.get(..32).unwrap_or(digest))
 }
 
 /// All that is to be said about a graph that is refused.
@@ -360,7 +353,7 @@ async fn compile_all(
     control: &Control,
     source: &Source,
     manifest: &Manifest,
-) -> (HashMap<String, Compiled>, Vec<Diagnostic>) {
+) -> (HashMap<String, Artefact>, Vec<Diagnostic>) {
     let files = manifest.branes.iter().filter_map(|brane| match &brane.image.value {
         Image::File(path) => Some((path.as_str(), brane)),
         Image::Name { .. } => None,
@@ -380,18 +373,18 @@ async fn compile_all(
     (all, wrong)
 }
 
-async fn compiled_file(control: &Control, source: &Source, path: &str) -> anyhow::Result<Compiled> {
+async fn compiled_file(control: &Control, source: &Source, path: &str) -> anyhow::Result<Artefact> {
     let bytes = source.component(path)?;
     compiled(control, &bytes).await.with_context(|| format!("compiling {path}"))
 }
 
-async fn compiled(control: &Control, component: &[u8]) -> anyhow::Result<Compiled> {
+async fn compiled(control: &Control, component: &[u8]) -> anyhow::Result<Artefact> {
     let digest = Sha256::digest(component).iter().fold(String::new(), |mut hex, byte| {
         let _ = write!(hex, "{byte:02x}");
         hex
     });
-    if let Some((report, artefact)) = control.compiled.borrow().get(&digest) {
-        return Ok(Compiled { digest, report: report.clone(), artefact: artefact.try_clone()? });
+    if let Some(artefact) = control.compiled.borrow().get(&digest) {
+        return Ok(artefact.try_clone()?);
     }
     let compiler = Channel::new(control.init.compiler(control.ticket()).await?)?;
     let file = sealed("component", component)?;
@@ -405,14 +398,8 @@ async fn compiled(control: &Control, component: &[u8]) -> anyhow::Result<Compile
     if let Some(error) = &report.error {
         anyhow::bail!("{error}");
     }
-    let artefact = files.next().context("the compiler sent no artefact")?;
-    anyhow::ensure!(is_sealed(&artefact), "the compiler sent an artefact that could still change");
-    let size = rustix::fs::fstat(&artefact)?.st_size.cast_unsigned();
-    anyhow::ensure!(
-        size <= compile::MAX_ARTEFACT,
-        "the artefact has {size} bytes, at most {} are taken",
-        compile::MAX_ARTEFACT
-    );
-    control.compiled.borrow_mut().insert(digest.clone(), (report.clone(), artefact.try_clone()?));
-    Ok(Compiled { digest, report, artefact })
+    let file = files.next().context("the compiler sent no artefact")?;
+    let artefact = control.key.vouch(&digest, report, file).context("the compiler sent an artefact that")?;
+    control.compiled.borrow_mut().insert(digest, artefact.try_clone()?);
+    Ok(artefact)
 }

@@ -5,6 +5,7 @@
 //! is there and takes it over.
 
 pub mod api;
+pub mod artefact;
 pub mod deploy;
 mod init;
 pub mod log;
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use artefact::{Artefact, Key};
 use gaia_egress::resolve::{self, Resolve as _, Stub};
 use gaia_init::descriptors::Descriptors;
 use gaia_init::sandbox::{self, Demand};
@@ -26,7 +28,6 @@ use gaia_init::wire::{self, FromControl};
 use tokio::sync::{Notify, oneshot};
 
 use crate::channel::{Channel, read_whole};
-use crate::compile::Report;
 use crate::plan::{self, Plan};
 use crate::statistics::Statistics;
 use crate::worker::conversation::{self, Instance};
@@ -72,8 +73,9 @@ pub struct Control {
     /// The plans of all generations that have workers, for the names of their branes.
     plans: RefCell<BTreeMap<u32, Rc<Plan>>>,
     log: log::History,
-    /// Components that were compiled since this control was started and serve, by digest.
-    compiled: RefCell<HashMap<String, (Report, OwnedFd)>>,
+    /// Components that were compiled and serve, by digest.
+    compiled: RefCell<HashMap<String, Artefact>>,
+    key: Key,
     past: RefCell<Past>,
     /// What the last deploy failed with, or warned about.
     words: RefCell<Vec<String>>,
@@ -97,6 +99,7 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let init = init::Init::new(Channel::new(descriptors.take("init")?)?);
     let source = descriptors.take("seed").ok().map(deploy::Source::from_environment);
     let api = descriptors.take("api").ok();
+    let key = Key::of(descriptors.take("key")?)?;
     let control = Rc::new(Control {
         init,
         workers: RefCell::default(),
@@ -104,6 +107,7 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
         plans: RefCell::default(),
         log: log::History::default(),
         compiled: RefCell::default(),
+        key,
         past: RefCell::default(),
         words: RefCell::default(),
         // Not where the control before this one began: its questions may still be answered.
@@ -148,14 +152,21 @@ impl Control {
     }
 
     async fn take_over(&self, generation: u32, files: Vec<(String, OwnedFd)>) -> anyhow::Result<()> {
-        let file = files.into_iter().find(|(name, _)| name == plan::FILE);
-        let (_, file) = file.context("init has no plan of the running generation")?;
-        let plan = read_whole(file, plan::MAX_BYTES)?;
+        let (plan, files): (Vec<_>, _) = files.into_iter().partition(|(name, _)| name == plan::FILE);
+        let (_, plan) = plan.into_iter().next().context("init has no plan of the running generation")?;
+        let plan = read_whole(plan, plan::MAX_BYTES)?;
         let plan: Rc<Plan> = Rc::new(serde_json::from_slice(&plan).context("the running generation's plan")?);
         let (branes, workers) = (plan.branes.len(), self.workers.borrow().len());
         self.plans.borrow_mut().insert(generation, Rc::clone(&plan));
         *self.plan.borrow_mut() = Some(plan);
-        self.say(&format!("took over generation {generation}: {branes} branes, {workers} workers")).await;
+        let (artefacts, wrong) = self.key.check_all(files);
+        for wrong in wrong {
+            self.say(&format!("compiled anew when it is next asked for: {wrong}")).await;
+        }
+        let known = artefacts.len();
+        self.compiled.borrow_mut().extend(artefacts.into_iter().map(|a| (a.digest.clone(), a)));
+        let words = format!("{branes} branes, {workers} workers, {known} artefacts");
+        self.say(&format!("took over generation {generation}: {words}")).await;
         Ok(())
     }
 
