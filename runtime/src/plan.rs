@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use gaia_init::sandbox::worker::Reach;
-use gaia_manifest::{Capability, Scheme};
+use gaia_manifest::{Capability, Lifecycle, Scheme};
 use serde::{Deserialize, Serialize};
 
 use crate::secrets::Secret;
@@ -51,6 +51,8 @@ pub struct Brane {
     pub grants: Vec<Capability>,
     /// The secrets that its `env` names, and their values.
     pub secrets: Vec<(String, Secret)>,
+    /// How long an instance lives.
+    pub lifecycle: Lifecycle,
     /// Instances on the whole appliance.
     pub replicas: u32,
     /// Bytes an instance's memories and tables may have together.

@@ -54,7 +54,7 @@ pub struct Brane {
     pub busy: AtomicU64,
     /// Requests that wait for an instance now.
     pub waiting: AtomicU64,
-    /// Instances made.
+    /// Instances that were given a request.
     pub instances: AtomicU64,
     /// Traps: 500.
     pub traps: AtomicU64,
@@ -71,7 +71,9 @@ pub struct Brane {
     /// Instances ended because the host was short of memory, 503, or because the host held more for them than `mem_max`, 500; or
     /// a reset stream.
     pub killed: AtomicU64,
-    reserved: [AtomicU64; 2],
+    /// Instances that are ready for a request now.
+    pub ready: AtomicU64,
+    reserved: [AtomicU64; 1],
 }
 
 /// What one brane, or the worker itself, has in the log.

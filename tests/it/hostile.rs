@@ -64,7 +64,7 @@ enum Seen {
 fn a_hostile_guest_ends_and_nothing_is_left_of_it() {
     let run = Folder::with(GRAPH).unwrap();
     let run = run.run(&["--workers", "1"]).unwrap().serving().unwrap();
-    let worker = run.ask("status").unwrap()["workers"][0]["pid"].as_i64().unwrap();
+    let worker = run.worker().unwrap();
     let ask = |how: &str| {
         let request = format!(
             "POST /hostile?how={how} HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nConnection: close\r\n\r\nabcde"

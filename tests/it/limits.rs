@@ -23,28 +23,6 @@ fn alone(graph: &str) -> (Folder, Run) {
     (folder, run)
 }
 
-/// The process of the only worker.
-fn worker(run: &Run) -> i64 {
-    let status = run.ask("status").unwrap();
-    let roles = status["roles"].as_array().unwrap();
-    let worker = roles.iter().find(|r| r["name"].as_str().unwrap().starts_with("worker")).unwrap();
-    worker["pid"].as_i64().unwrap()
-}
-
-/// A number of a brane in `gaia ps`.
-fn of(run: &Run, brane: &str, what: &str) -> u64 {
-    let ps = run.ask("ps").unwrap();
-    ps["branes"].as_array().unwrap().iter().find(|b| b["name"] == brane).unwrap()[what].as_u64().unwrap()
-}
-
-fn until(what: &str, mut there: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !there() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Sends requests from so many clients, one after the other, while something else is done.
 fn meanwhile<T>(run: &Run, clients: usize, path: &str, work: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
@@ -117,7 +95,7 @@ limits = { cpu_quota = 0.5, deadline = "30s" }
 #[test]
 fn half_a_core_is_half_of_any_100_ms() {
     let (_folder, run) = alone(HALF);
-    let pid = worker(&run);
+    let pid = run.worker().unwrap();
     // The last takes about 2 ms each: many instances, one replica.
     for (what, clients, path) in [
         ("one that spins", 1, format!("/burn?{FOREVER}")),
@@ -125,7 +103,7 @@ fn half_a_core_is_half_of_any_100_ms() {
         ("short requests, many at a time", 8, "/burn?n=2000000".to_owned()),
     ] {
         let had = meanwhile(&run, clients, &path, || {
-            until("it is at work", || of(&run, "burn", "throttled_ns") > 0);
+            run.until("burn", "throttled_ns", |n| n > 0).unwrap();
             had(pid, Duration::from_secs(10))
         });
         println!(
@@ -134,9 +112,9 @@ fn half_a_core_is_half_of_any_100_ms() {
         );
         assert!(had.most <= AT_MOST, "{what}: {:?}", had.most);
         assert!(had.unhindered >= Duration::from_millis(45), "{what}: {:?}", had.unhindered);
-        until("the last has ended", || of(&run, "burn", "busy") == 0);
+        run.until("burn", "busy", |n| n == 0).unwrap();
     }
-    let throttled = Duration::from_nanos(of(&run, "burn", "throttled_ns"));
+    let throttled = Duration::from_nanos(run.of("burn", "throttled_ns").unwrap());
     assert!(throttled > Duration::from_secs(5), "{throttled:?}");
 }
 
@@ -174,11 +152,11 @@ fn latencies(run: &Run, worker: i64) -> Vec<Duration> {
 #[test]
 fn a_neighbour_costs_a_tick_however_many_guests_it_spins_in() {
     let (_folder, run) = alone(TWO);
-    let pid = worker(&run);
+    let pid = run.worker().unwrap();
     let alone = latencies(&run, pid);
     for (brane, clients) in [("burn", 4), ("free", 1), ("free", 4)] {
         let beside = meanwhile(&run, clients, &format!("/{brane}?{FOREVER}"), || {
-            until("they are at work", || of(&run, brane, "busy") == clients as u64);
+            run.until(brane, "busy", |n| n == clients as u64).unwrap();
             latencies(&run, pid)
         });
         let at = |all: &[Duration], percent: usize| all[all.len() * percent / 100];
@@ -193,7 +171,7 @@ fn a_neighbour_costs_a_tick_however_many_guests_it_spins_in() {
         for percent in [50, 90] {
             assert!(at(&beside, percent) <= at(&alone, percent) + TICK + Duration::from_millis(3), "p{percent}");
         }
-        until("the last has ended", || of(&run, brane, "busy") == 0);
+        run.until(brane, "busy", |n| n == 0).unwrap();
     }
 }
 
@@ -232,11 +210,11 @@ fn whatever_a_guest_does_it_ends_at_its_deadline() {
         ("wait", "/wait?sleep_ms=10000".to_owned(), Some(504)),
         ("wait", "/wait?sleep_ms=10000&trickle_ms=10".to_owned(), None),
     ] {
-        let before = of(&run, brane, "late");
+        let before = run.of(brane, "late").unwrap();
         let one = |_| {
             let (took, answer) = get(&path);
             assert_eq!(answer.ok().map(|a| a.status), status, "{path}");
-            until("the instance is gone", || of(&run, brane, "busy") == 0);
+            run.until(brane, "busy", |n| n == 0).unwrap();
             took
         };
         let mut all: Vec<_> = (0..10).map(one).collect();
@@ -245,7 +223,7 @@ fn whatever_a_guest_does_it_ends_at_its_deadline() {
         assert!(all[0] >= Duration::from_millis(200), "{path}: {all:?}");
         // One may have met another process on its core.
         assert!(all[8] <= Duration::from_millis(250), "{path}: {all:?}");
-        assert_eq!(of(&run, brane, "late"), before + 10, "{path}");
+        assert_eq!(run.of(brane, "late").unwrap(), before + 10, "{path}");
     }
 }
 
@@ -280,7 +258,7 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
     let folder = Folder::with(FULL).unwrap();
     let memory = format!("{BUDGET_MIB}MiB");
     let run = folder.run(&["--workers", "1", "--memory", &memory]).unwrap().serving().unwrap();
-    let pid = worker(&run);
+    let pid = run.worker().unwrap();
     println!("before: {} MiB", kib(pid, "VmRSS") / 1024);
     let (mut most, mut answers) = (0, 0);
     let stop = Instant::now() + Duration::from_secs(8);
@@ -310,14 +288,14 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
     let whole = count(&|a| a.status == 200 && (a.text() == "got 60 of 60 MiB\n" || a.text().starts_with("touched")));
     let less = count(&|a| a.status == 200) - whole;
     let (trapped, ended) = (count(&|a| a.status == 500), count(&|a| a.status == 503));
-    let killed = of(&run, "touch", "killed") + of(&run, "grow", "killed");
+    let killed = run.of("touch", "killed").unwrap() + run.of("grow", "killed").unwrap();
     println!(
         "at most {} MiB of {BUDGET_MIB}; of {} guests {whole} got all, {less} less, {trapped} trapped, {ended} were ended; \
          {answers} answers of the other brane",
         most / 1024,
         got.len()
     );
-    assert_eq!(worker(&run), pid, "the same worker lives");
+    assert_eq!(run.worker().unwrap(), pid, "the same worker lives");
     assert!(most < BUDGET_MIB * 1024, "{most} KiB");
     assert_eq!(whole + less + trapped + ended, got.len(), "nothing else became of any");
     assert!(less + trapped > 0, "growth was never refused");
@@ -330,7 +308,9 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
             .iter()
             .any(|line| line.contains(" quiet") && !line.contains(" RES 200 ") && !line.contains(" END "))
     );
-    until("it is over", || of(&run, "grow", "busy") + of(&run, "touch", "busy") == 0);
+    for brane in ["grow", "touch"] {
+        run.until(brane, "busy", |n| n == 0).unwrap();
+    }
     assert_eq!(run.get("/grow?mib=60").unwrap().text(), "got 60 of 60 MiB\n", "there is enough again");
 }
 
@@ -408,7 +388,7 @@ limits = { mem_max = "512 MiB" }
 #[test]
 fn what_the_host_holds_for_a_guest_counts_as_its_own() {
     let (_folder, run) = alone(HOARD);
-    let pid = worker(&run);
+    let pid = run.worker().unwrap();
     for what in ["requests", "bodies", "fields"] {
         let before = kib(pid, "VmRSS");
         let answer = run.get(&format!("/little?what={what}")).unwrap();
@@ -418,7 +398,7 @@ fn what_the_host_holds_for_a_guest_counts_as_its_own() {
     // 8 MiB, what sixteen calls move, and what the worker is without.
     assert!(kib(pid, "VmHWM") < 64 * 1024, "{} KiB", kib(pid, "VmHWM"));
     run.output.line(" KILL memory: mem_max is 8192 KiB, ").unwrap();
-    assert!(of(&run, "little", "killed") > 0);
+    assert!(run.of("little", "killed").unwrap() > 0);
     for what in ["bodies", "fields"] {
         assert_eq!(run.get(&format!("/much?what={what}")).unwrap().text(), "kept 300\n");
     }

@@ -8,6 +8,7 @@ mod capabilities;
 mod egress;
 mod hostile;
 mod image;
+mod lifecycles;
 mod limits;
 mod memory;
 mod requests;

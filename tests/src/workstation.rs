@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
@@ -171,6 +171,40 @@ impl Run {
         let socket = self.folder.join(format!("gaia-run-{}/control.sock", self.child.id()));
         let output = Command::new(out("bin/gaia")).arg("--api").arg(socket).args(["--json", what]).output()?;
         serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// A number that `ps` knows of a brane.
+    ///
+    /// # Errors
+    /// If it does not answer, or knows no such brane or number.
+    pub fn of(&self, brane: &str, what: &str) -> Result<u64> {
+        let ps = self.ask("ps")?;
+        let of_brane = ps["branes"].as_array().and_then(|all| all.iter().find(|b| b["name"] == brane));
+        of_brane.and_then(|brane| brane[what].as_u64()).with_context(|| format!("no {what} of {brane} in {ps}"))
+    }
+
+    /// Waits until such a number is as wanted.
+    ///
+    /// # Errors
+    /// If it is not in time; with what it is.
+    pub fn until(&self, brane: &str, what: &str, wanted: impl Fn(u64) -> bool) -> Result<u64> {
+        let deadline = Instant::now() + ANSWER_WITHIN;
+        loop {
+            match self.of(brane, what)? {
+                now if wanted(now) => return Ok(now),
+                now => ensure!(Instant::now() < deadline, "{what} of {brane} is {now}"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The process of its first worker.
+    ///
+    /// # Errors
+    /// If it does not answer, or has none.
+    pub fn worker(&self) -> Result<i64> {
+        let status = self.ask("status")?;
+        status["workers"][0]["pid"].as_i64().with_context(|| format!("no worker in {status}"))
     }
 
     /// The launcher's process.

@@ -200,7 +200,7 @@ pub struct Limits {
 }
 
 /// How long an instance lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Lifecycle {
     /// One request; made when it arrives.
     Ephemeral,

@@ -174,6 +174,7 @@ async fn ps(control: &Control) -> Ps {
             route: format!("{}{}", brane.host.as_deref().unwrap_or_default(), brane.path),
             replicas: brane.replicas,
             busy: sum(|b| &b.busy),
+            ready: sum(|b| &b.ready),
             waiting: sum(|b| &b.waiting),
             requests: sum(|b| &b.requests),
             traps: sum(|b| &b.traps),

@@ -330,6 +330,7 @@ fn planned_brane(
         path: brane.ingress.path.clone(),
         secrets,
         grants: brane.capabilities.iter().map(|grant| grant.capability.clone()).collect(),
+        lifecycle: brane.lifecycle,
         replicas: brane.replicas,
         mem_max: brane.limits.mem_max.value,
         cpu_quota: brane.limits.cpu_quota.as_ref().map(|quota| quota.value),

@@ -95,6 +95,8 @@ pub struct Brane {
     pub replicas: u32,
     /// Instances at work now.
     pub busy: u64,
+    /// Instances that are ready for a request.
+    pub ready: u64,
     /// Requests that wait for one.
     pub waiting: u64,
     /// Requests since its workers started.

@@ -1,18 +1,19 @@
 //! One brane inside one worker: its engine, its pool, its linked component, its queue.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
+use gaia_manifest::Lifecycle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use wasmtime::component::Component;
 use wasmtime::{Engine, Store, UpdateDeadline};
-use wasmtime_wasi_http::p2::bindings::ProxyPre;
+use wasmtime_wasi_http::p2::bindings::{Proxy, ProxyPre};
 
 use super::host::{HANDLES, Host, Means};
 use super::memory::Held;
@@ -46,6 +47,18 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// An instance that is ready for a request, or only the store that one is to be made in.
+pub struct Instance {
+    /// Its serial number.
+    pub serial: u64,
+    /// Where it is seen what it holds.
+    pub held: Arc<Held>,
+    /// Its store.
+    pub store: Store<Host>,
+    /// The instance, if it has been made.
+    pub proxy: Option<Proxy>,
+}
+
 /// A brane, ready to serve.
 pub struct Brane {
     /// What the plan says of it.
@@ -65,18 +78,23 @@ pub struct Brane {
     /// Its replicas' windows, if it has a quota.
     replicas: Option<Rc<Replicas>>,
     made: Cell<u64>,
+    /// Its number among the workers, and how many they are.
+    place: (u32, u32),
+    /// Instances that wait for a request, the oldest first. With those at work never more than there are slots: whoever makes
+    /// one has a slot meanwhile.
+    ready: RefCell<VecDeque<Instance>>,
     running: RefCell<BTreeMap<u64, (Instant, Arc<Held>)>>,
 }
 
 impl Brane {
-    /// Maps the artefact, makes engine and pool, and links.
+    /// Maps the artefact, makes engine and pool, and links, for the worker with this number of so many.
     ///
     /// # Errors
     /// With the step that failed.
     pub fn link(
         plan: &plan::Brane,
         index: usize,
-        workers: u32,
+        place: (u32, u32),
         artefact: &OwnedFd,
         log: Arc<Log>,
         means: Rc<Means>,
@@ -84,7 +102,7 @@ impl Brane {
         let at = |step| move |source| Error { name: plan.name.clone(), step, source };
         let host = plan.host.as_deref().map(gaia_manifest::Host::parse).transpose();
         let host = host.map_err(|e| wasmtime::format_err!("{e}")).map_err(at("host"))?;
-        let slots = plan.slots(workers);
+        let slots = plan.slots(place.1);
         let engine = engine::for_worker(&plan.needs, plan.mem_max, slots).map_err(at("engine and pool"))?;
         let path = format!("/proc/self/fd/{}", artefact.as_raw_fd());
         // SAFETY: the artefact was made by this build's compiler, came through control and init alone, and is sealed:
@@ -106,28 +124,115 @@ impl Brane {
             means,
             replicas: plan.cpu_quota.and_then(|quota| Replicas::new(slots, quota)),
             made: Cell::new(0),
+            place,
+            ready: RefCell::default(),
             running: RefCell::default(),
         })
     }
 
     /// Makes one instance, to see that the pool has what it needs and that its start comes to an end. The epochs must
-    /// be ticking, or a start that does not end is not interrupted.
+    /// be ticking, or a start that does not end is not interrupted. It is the first that is ready, if any is to be.
     ///
     /// # Errors
     /// What went wrong, or that it took more than 20 seconds.
     pub async fn first_instance(&self) -> Result<(), Error> {
         let at = |source| Error { name: self.plan.name.clone(), step: "first instance", source };
-        let mut store = self.store(0, Arc::default());
+        let first = self.instance(None).await.map_err(at)?;
+        if self.plan.lifecycle == Lifecycle::Pooled {
+            self.is_ready(first);
+        } else {
+            // As if it had not been.
+            self.made.set(0);
+        }
+        Ok(())
+    }
+
+    /// Makes an instance, as part of what this replica may have of the core.
+    async fn instance(&self, replica: Option<&Replica>) -> wasmtime::Result<Instance> {
+        let mut instance = self.empty();
         let late = |_| wasmtime::format_err!("its start has not ended after {} s", FIRST_WITHIN.as_secs());
-        let (cpu, throttled) = Default::default();
-        let work = self.turns().run(self.pre.instantiate_async(&mut store), &cpu, None, &throttled);
-        let made = tokio::time::timeout(FIRST_WITHIN, work).await;
-        made.map_err(late).and_then(|made| made).map(drop).map_err(at)
+        let throttled = AtomicU64::default();
+        let start = self.pre.instantiate_async(&mut instance.store);
+        let start = tokio::time::timeout(FIRST_WITHIN, self.turns().run(start, None, replica, &throttled));
+        instance.proxy = Some(start.await.map_err(late)??);
+        Ok(instance)
+    }
+
+    /// What an instance is made in: its number, and an empty store.
+    fn empty(&self) -> Instance {
+        let (worker, workers) = self.place;
+        // Workers count in steps of their number from different starts, so that no two of them share one; a worker that
+        // was started again begins anew.
+        let serial = self.made.get() * u64::from(workers) + u64::from(worker) + 1;
+        self.made.set(self.made.get() + 1);
+        let held = Arc::<Held>::default();
+        Instance { serial, store: self.store(serial, Arc::clone(&held)), held, proxy: None }
+    }
+
+    fn is_ready(&self, instance: Instance) {
+        self.ready.borrow_mut().push_back(instance);
+        self.count().ready.fetch_add(1, Relaxed);
+    }
+
+    /// An instance for a request that has a slot: one that is ready, or an empty store for one. It is at work from now on.
+    pub fn take(&self) -> Instance {
+        let ready = self.ready.borrow_mut().pop_front();
+        let instance = if let Some(mut instance) = ready {
+            self.count().ready.fetch_sub(1, Relaxed);
+            // Its tick has passed while it waited: it would be sent behind all others at its first instruction.
+            instance.store.set_epoch_deadline(1);
+            instance
+        } else {
+            self.empty()
+        };
+        self.count().instances.fetch_add(1, Relaxed);
+        self.running.borrow_mut().insert(instance.serial, (Instant::now(), Arc::clone(&instance.held)));
+        self.count().busy.fetch_add(1, Relaxed);
+        instance
+    }
+
+    /// Makes the instances that are to be ready, each in a slot that nobody needs just now.
+    pub async fn make_all_ready(self: Rc<Self>) {
+        while self.has_room_for_one() {
+            let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else { return };
+            let replica = self.replica();
+            if !self.make_ready(slot, replica.as_ref()).await {
+                return;
+            }
+        }
+    }
+
+    /// Makes the next instance, in the slot and with the replica of one that is gone, if nobody waits for these. Whether it
+    /// did; a start that goes wrong is told to the request that tries it next.
+    pub async fn make_ready(&self, slot: OwnedSemaphorePermit, replica: Option<&Replica>) -> bool {
+        let wanted = self.has_room_for_one() && self.count().waiting.load(Relaxed) == 0;
+        let made = if wanted { self.instance(replica).await.ok() } else { None };
+        let is_made = made.is_some();
+        if let Some(instance) = made {
+            self.is_ready(instance);
+        }
+        drop(slot);
+        is_made
+    }
+
+    /// Whether one more may be made ready: there is a slot for it and memory.
+    fn has_room_for_one(&self) -> bool {
+        let most = self.plan.slots(self.place.1) as usize;
+        // Permits that are out are instances at work, or in the making.
+        let out = most - self.slots.available_permits();
+        self.plan.lifecycle == Lifecycle::Pooled
+            && self.ready.borrow().len() + out.max(1) <= most
+            && self.means.pressure.is_low()
+    }
+
+    /// Lets go of the instances that are ready.
+    pub fn shed(&self) {
+        let gone = std::mem::take(&mut *self.ready.borrow_mut());
+        self.count().ready.fetch_sub(gone.len() as u64, Relaxed);
     }
 
     /// A store for one fresh instance with this serial number, which tells `held` what it is granted.
-    #[must_use]
-    pub fn store(&self, serial: u64, held: Arc<Held>) -> Store<Host> {
+    fn store(&self, serial: u64, held: Arc<Held>) -> Store<Host> {
         let subject = Subject::Brane(self.index, serial);
         let host = Host::new(self.plan.mem_max, &self.granted, &self.means, &self.log, subject, held);
         let mut store = Store::new(&self.engine, host);
@@ -181,20 +286,11 @@ impl Brane {
         &self.log.page().branes[self.index]
     }
 
-    /// The next instance's serial number, and where it is seen what it holds. Workers count in steps of their number from different starts, so that no
-    /// two of them share one; a worker that was started again begins anew.
-    pub fn begin(&self, worker: u32, workers: u32) -> (u64, Arc<Held>) {
-        let serial = self.made.get() * u64::from(workers) + u64::from(worker) + 1;
-        self.made.set(self.made.get() + 1);
-        let held = Arc::<Held>::default();
-        self.running.borrow_mut().insert(serial, (Instant::now(), Arc::clone(&held)));
-        (serial, held)
-    }
-
-    /// The instance is gone. What its files held is freed in slices, between which others have their turn: the kernel
+    /// An instance that was at work is gone. What its files held is freed in slices, between which others have their turn: the kernel
     /// takes milliseconds to take back what 256 MiB were.
     pub fn end(&self, serial: u64) {
         self.running.borrow_mut().remove(&serial);
+        self.count().busy.fetch_sub(1, Relaxed);
         if self.granted.tmp.is_some() && !self.means.reaping.replace(true) {
             let means = Rc::clone(&self.means);
             tokio::task::spawn_local(async move {

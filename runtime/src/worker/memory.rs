@@ -3,7 +3,8 @@
 //! ```text
 //!  0                                          near        over    limit
 //!  │ instances get what their mem_max allows   │ no more    │ the   │
-//!  │                                           │ growth     │ largest is ended
+//!  │                                           │ growth, no │ largest is ended
+//!  │                                           │ ready instances
 //! ```
 //!
 //! What counts is what is touched, not what is declared: on the appliance the count of the workers' cgroup, elsewhere
@@ -32,7 +33,7 @@ pub const ALWAYS: usize = 1 << 20;
 /// Where something happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Marks {
-    /// Growth is refused from here on.
+    /// Growth is refused from here on, and instances that are ready for a request go.
     near: u64,
     /// The largest instances are ended from here on.
     over: u64,
@@ -102,9 +103,8 @@ impl Pressure {
     pub fn read(&self, meter: &Meter) {
         let Ok(now) = meter.read() else { return };
         self.beyond_near.store(now.saturating_sub(meter.marks.near), Relaxed);
-        let over = now.saturating_sub(meter.marks.over);
-        self.beyond_over.store(over, Relaxed);
-        if over > 0 {
+        self.beyond_over.store(now.saturating_sub(meter.marks.over), Relaxed);
+        if !self.is_low() {
             self.wake.notify_one();
         }
     }
@@ -115,14 +115,17 @@ impl Pressure {
         self.beyond_near.load(Relaxed) == 0
     }
 
-    /// Waits until it is beyond the mark at which instances are ended; by how many bytes.
-    pub async fn over(&self) -> u64 {
-        loop {
-            match self.beyond_over.load(Relaxed) {
-                0 => self.wake.notified().await,
-                over => return over,
-            }
+    /// Waits until it is beyond the first mark.
+    pub async fn near(&self) {
+        while self.is_low() {
+            self.wake.notified().await;
         }
+    }
+
+    /// By how many bytes it is beyond the mark at which instances are ended.
+    #[must_use]
+    pub fn over(&self) -> u64 {
+        self.beyond_over.load(Relaxed)
     }
 }
 

@@ -57,10 +57,6 @@ const UNREAD_FOR: u32 = 30_000;
 /// A worker's state, shared by its tasks.
 pub struct Worker {
     core: usize,
-    /// Its position among the workers, from 0.
-    pub number: u32,
-    /// How many workers there are.
-    pub workers: u32,
     /// Its branes.
     pub branes: Vec<Rc<Brane>>,
     /// Its counters.
@@ -128,7 +124,7 @@ fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
     let means = Rc::new(host::Means::of(&plan)?);
-    let branes = link_all(&plan, &artefacts, &log, &means)?;
+    let branes = link_all(&plan, place.number, &artefacts, &log, &means)?;
     drop(artefacts);
     // Before the first instance is made: its start may be the first thing that must be interrupted.
     let engines = branes.iter().map(|b| b.engine.clone()).collect();
@@ -149,8 +145,7 @@ fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow
         anyhow::Ok(())
     })?;
     let names = means.network.as_ref().map(|network| Arc::clone(&network.names));
-    let (core, number, workers) = (place.core, place.number, plan.workers);
-    let worker = Rc::new(Worker { core, number, workers, branes, statistics, log, names, means });
+    let worker = Rc::new(Worker { core: place.core, branes, statistics, log, names, means });
     // Everything is mapped, linked and pooled, and both threads are there.
     sandbox::close(&reach, demand)?;
     local.block_on(&runtime, live(worker, descriptors))
@@ -158,6 +153,7 @@ fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow
 
 fn link_all(
     plan: &Plan,
+    worker: u32,
     artefacts: &[(String, OwnedFd)],
     log: &Arc<Log>,
     means: &Rc<host::Means>,
@@ -166,7 +162,7 @@ fn link_all(
         let artefact = artefacts.iter().find(|(name, _)| *name == brane.artefact);
         let (_, artefact) = artefact.with_context(|| format!("{}: its artefact was not handed down", brane.name))?;
         anyhow::ensure!(is_sealed(artefact), "{}: its artefact could still change", brane.name);
-        Ok(Rc::new(Brane::link(brane, index, plan.workers, artefact, Arc::clone(log), Rc::clone(means))?))
+        Ok(Rc::new(Brane::link(brane, index, (worker, plan.workers), artefact, Arc::clone(log), Rc::clone(means))?))
     };
     plan.branes.iter().enumerate().map(link).collect()
 }
@@ -240,6 +236,9 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
         }
     });
     tokio::task::spawn_local(shed(Rc::clone(&worker)));
+    for brane in &worker.branes {
+        tokio::task::spawn_local(Rc::clone(brane).make_all_ready());
+    }
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let begin = |sockets: &[(String, OwnedFd)]| -> anyhow::Result<Vec<JoinHandle<()>>> {
         let accept = |(_, socket): &(String, OwnedFd)| {
@@ -272,11 +271,13 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
     Ok(())
 }
 
-/// Ends the largest instances while there is less memory than there must be: as many as hold what is missing, then those
-/// that it takes when the next count is there.
+/// Lets go of ready instances when memory gets short, and ends the largest that are at work while there is less than there
+/// must be: as many as hold what is missing, then those that it takes when the next count is there.
 async fn shed(worker: Rc<Worker>) {
     loop {
-        let missing = worker.means.pressure.over().await;
+        worker.means.pressure.near().await;
+        worker.branes.iter().for_each(|brane| brane.shed());
+        let missing = worker.means.pressure.over();
         let all = worker.branes.iter().flat_map(|brane| brane.held()).collect();
         for held in memory::largest(all, missing) {
             held.end();

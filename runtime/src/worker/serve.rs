@@ -24,7 +24,7 @@ use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 use wasmtime_wasi_http::{Error, WasiHttpView as _};
 
 use super::Worker;
-use super::brane::Brane;
+use super::brane::{Brane, Instance};
 use super::memory::Held;
 use super::route;
 use super::turns::thread_cpu;
@@ -82,10 +82,14 @@ struct Exchange {
     why: RefCell<Cow<'static, str>>,
     /// Processor time of the guest.
     cpu: Cell<Duration>,
-    /// Of an instance that was made: how long that took, and since when it has been at work.
+    /// Of an instance that has begun: how long that took, and since when it has been at work.
     instance: Cell<Option<(Duration, Instant)>>,
+    /// It was ready.
+    ready: Cell<bool>,
     /// How long it was at work; nothing if the client was gone before it was done.
     exec: Cell<Option<Duration>>,
+    /// The guest's work has ended; what is left is the release.
+    ended: Cell<bool>,
     late: Cell<bool>,
 }
 
@@ -98,7 +102,9 @@ impl Exchange {
             why: RefCell::default(),
             cpu: Cell::default(),
             instance: Cell::default(),
+            ready: Cell::default(),
             exec: Cell::default(),
+            ended: Cell::default(),
             late: Cell::default(),
         }
     }
@@ -126,7 +132,7 @@ impl Drop for Exchange {
         if let Some((cold, since)) = self.instance.get() {
             let text = if self.exec.get().is_none() && !self.late.get() { "the client was gone" } else { "" };
             let exec = self.exec.get().unwrap_or_else(|| since.elapsed());
-            self.log(&Event::End { cold, exec, ready: false, text: text.into() });
+            self.log(&Event::End { cold, exec, ready: self.ready.get(), text: text.into() });
         }
     }
 }
@@ -181,8 +187,10 @@ async fn dispatch(
     let request = request.map(|body| Bounded { body, left: body_max, over: Arc::clone(&over) });
     let (sender, head) = oneshot::channel();
     let broken = Arc::new(AtomicBool::new(false));
-    let guest = Guest::begin(Rc::clone(exchange), Rc::clone(&brane), Arc::clone(&broken), Arc::clone(&over));
-    let mut task = Task(tokio::task::spawn_local(run(guest, permit, request, sender, deadline)));
+    let instance = brane.take();
+    let guest = Guest::begin(Rc::clone(exchange), Rc::clone(&brane), &instance, Arc::clone(&broken), Arc::clone(&over));
+    let work = tokio::task::spawn_local(run(guest, instance, permit, request, sender, deadline));
+    let mut task = Task { work, exchange: Rc::clone(exchange) };
     let late = || {
         exchange.is_late(&brane);
         own(StatusCode::GATEWAY_TIMEOUT, "the deadline passed before there was an answer")
@@ -205,7 +213,7 @@ async fn dispatch(
             Err(own(StatusCode::BAD_GATEWAY, format!("the brane answered with an error: {}", word(&code))))
         }
         // The guest has ended without an answer: how, its task says.
-        Ok(Err(_)) => match (&mut task.0).await {
+        Ok(Err(_)) => match (&mut task.work).await {
             _ if over.load(Relaxed) => Err(too_large()),
             Ok(Ended::Returned) => Err(own(StatusCode::BAD_GATEWAY, "the brane ended without a response")),
             Ok(Ended::Late) => Err(late()),
@@ -312,11 +320,16 @@ struct Guest {
 }
 
 impl Guest {
-    fn begin(exchange: Rc<Exchange>, brane: Rc<Brane>, broken: Arc<AtomicBool>, over: Arc<AtomicBool>) -> Self {
-        let (serial, held) = brane.begin(exchange.worker.number, exchange.worker.workers);
+    fn begin(
+        exchange: Rc<Exchange>,
+        brane: Rc<Brane>,
+        instance: &Instance,
+        broken: Arc<AtomicBool>,
+        over: Arc<AtomicBool>,
+    ) -> Self {
+        let (serial, held) = (instance.serial, Arc::clone(&instance.held));
         exchange.subject.set(Subject::Brane(brane.index, serial));
-        brane.count().busy.fetch_add(1, Relaxed);
-        brane.count().instances.fetch_add(1, Relaxed);
+        exchange.ready.set(instance.proxy.is_some());
         Self { exchange, brane, serial, held, broken, over }
     }
 
@@ -362,16 +375,17 @@ impl Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         self.brane.end(self.serial);
-        self.brane.count().busy.fetch_sub(1, Relaxed);
     }
 }
 
 type Head = Result<Response<HyperOutgoingBody>, ErrorCode>;
 
-/// Makes a fresh instance, lets it handle the request, and releases it: after the answer's head has gone out, so not on
-/// the request's own time. Ends at the deadline whether or not anyone still reads the answer.
+/// Lets a fresh instance handle the request, one that is ready or else one that it makes, releases it, and makes another
+/// ready: both after the answer has gone out, so not on the request's own time. Ends at the deadline whether or not anyone
+/// still reads the answer.
 async fn run(
     guest: Guest,
+    instance: Instance,
     permit: OwnedSemaphorePermit,
     request: Request<Bounded>,
     head: oneshot::Sender<Head>,
@@ -381,26 +395,23 @@ async fn run(
     let turns = brane.turns();
     turns.something_was_done();
     let replica = brane.replica();
-    let mut store = brane.store(guest.serial, Arc::clone(&guest.held));
-    let mut http = store.data_mut().http();
-    let request = match http.new_incoming_request(Scheme::Http, request) {
-        Ok(request) => request,
-        Err(e) => return guest.failed("request", &e),
-    };
-    let outparam = match http.new_response_outparam(head) {
-        Ok(outparam) => outparam,
-        Err(e) => return guest.failed("response", &e),
-    };
+    let Instance { mut store, proxy, .. } = instance;
     let work = async {
         // What it waited for its quota is not its start.
         let dispatched = Instant::now();
-        let proxy = brane.pre().instantiate_async(&mut store).await.map_err(|e| guest.failed("instantiate", &e))?;
+        let proxy = match proxy {
+            Some(proxy) => proxy,
+            None => brane.pre().instantiate_async(&mut store).await.map_err(|e| guest.failed("instantiate", &e))?,
+        };
+        let mut http = store.data_mut().http();
+        let request = http.new_incoming_request(Scheme::Http, request).map_err(|e| guest.failed("request", &e))?;
+        let outparam = http.new_response_outparam(head).map_err(|e| guest.failed("response", &e))?;
         let cold = dispatched.elapsed();
         brane.count().cold_ns.fetch_add(u64::try_from(cold.as_nanos()).unwrap_or(u64::MAX), Relaxed);
         guest.exchange.instance.set(Some((cold, Instant::now())));
         Ok(proxy.wasi_http_incoming_handler().call_handle(&mut store, request, outparam).await)
     };
-    let work = turns.run(work, &guest.exchange.cpu, replica.as_ref(), &brane.count().throttled_ns);
+    let work = turns.run(work, Some(&guest.exchange.cpu), replica.as_ref(), &brane.count().throttled_ns);
     let work = tokio::time::timeout_at(deadline.into(), work);
     let ended = tokio::select! {
         biased;
@@ -420,24 +431,47 @@ async fn run(
         guest.broken.store(true, Relaxed);
     }
     guest.exchange.exec.set(guest.exchange.instance.get().map(|(_, since)| since.elapsed()));
+    guest.exchange.ended.set(true);
+    behind_what_is_due().await;
     // The store first: what the instance held must be back in the pool before the slot is free.
-    if let Some(replica) = replica {
+    if let Some(replica) = &replica {
         let before = thread_cpu();
         drop(store);
         replica.charge(turns, thread_cpu().saturating_sub(before));
     } else {
         drop(store);
     }
-    drop(permit);
+    // Gone, and told so, whatever becomes of the next.
+    let brane = Rc::clone(brane);
+    drop(guest);
+    brane.make_ready(permit, replica.as_ref()).await;
     ended
 }
 
-/// A guest's task that ends with its request.
-struct Task(JoinHandle<Ended>);
+/// Lets the tasks run first that are due already: among them the one that sends the answer.
+async fn behind_what_is_due() {
+    let mut polled = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut polled, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+/// A guest's task. Its work ends with its request; the release does not.
+struct Task {
+    work: JoinHandle<Ended>,
+    exchange: Rc<Exchange>,
+}
 
 impl Drop for Task {
     fn drop(&mut self) {
-        self.0.abort();
+        if !self.exchange.ended.get() {
+            self.work.abort();
+        }
     }
 }
 
