@@ -21,6 +21,7 @@ pub mod compile;
 pub mod console;
 pub mod control;
 pub mod engine;
+pub mod kept;
 pub mod link;
 pub mod log;
 pub mod operate;

@@ -12,7 +12,11 @@ use gaia_init::sandbox::{self, Demand};
 use gaia_runtime::check::Review;
 use gaia_runtime::client::{Client, DEFAULT_SOCKET};
 use gaia_runtime::console::{self, Mode};
+use gaia_runtime::kept::Kept;
 use gaia_runtime::{compile, control, operate, run, worker};
+
+#[global_allocator]
+static ALLOCATOR: Kept = Kept;
 
 /// Operate a Gaia appliance: WebAssembly components served from bare metal.
 #[derive(Debug, Parser)]

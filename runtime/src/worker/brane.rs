@@ -1,7 +1,7 @@
 //! One brane inside one worker: its engine, its pool, its linked component, its queue.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -80,9 +80,9 @@ pub struct Brane {
     made: Cell<u64>,
     /// Its number among the workers, and how many they are.
     place: (u32, u32),
-    /// Instances that wait for a request, the oldest first. With those at work never more than there are slots: whoever makes
+    /// Instances that wait for a request, in the order in which they were made. With those at work never more than there are slots: whoever makes
     /// one has a slot meanwhile.
-    ready: RefCell<VecDeque<Instance>>,
+    ready: RefCell<Vec<Instance>>,
     running: RefCell<BTreeMap<u64, (Instant, Arc<Held>)>>,
 }
 
@@ -170,13 +170,14 @@ impl Brane {
     }
 
     fn is_ready(&self, instance: Instance) {
-        self.ready.borrow_mut().push_back(instance);
+        self.ready.borrow_mut().push(instance);
         self.count().ready.fetch_add(1, Relaxed);
     }
 
     /// An instance for a request that has a slot: one that is ready, or an empty store for one. It is at work from now on.
     pub fn take(&self) -> Instance {
-        let ready = self.ready.borrow_mut().pop_front();
+        // The newest: what it has touched is still in the core's caches.
+        let ready = self.ready.borrow_mut().pop();
         let instance = if let Some(mut instance) = ready {
             self.count().ready.fetch_sub(1, Relaxed);
             // Its tick has passed while it waited: it would be sent behind all others at its first instruction.

@@ -36,6 +36,7 @@ use tokio::task::JoinHandle;
 use wasmtime::Engine;
 
 use crate::channel::{Channel, is_sealed, read_whole};
+use crate::kept;
 use crate::log::Log;
 use crate::plan::{self, Plan};
 use crate::statistics::{Statistics, While};
@@ -54,6 +55,8 @@ const CONNECTION_BUFFER: usize = 32 * 1024;
 const CONNECTIONS: usize = 8192;
 /// How long a client may leave an answer unread, in milliseconds.
 const UNREAD_FOR: u32 = 30_000;
+/// What is kept of freed memory for the next request, in bytes: some hundred requests' tasks and buffers.
+const KEPT: usize = 2 << 20;
 /// A worker's state, shared by its tasks.
 pub struct Worker {
     core: usize,
@@ -113,6 +116,7 @@ pub fn run() -> anyhow::Result<()> {
 }
 
 fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow::Result<()> {
+    kept::keep(KEPT);
     let plan =
         read_whole(descriptors.take(&format!("file-{}", plan::FILE))?, plan::MAX_BYTES).context("reading the plan")?;
     let plan: Plan = serde_json::from_slice(&plan).context("reading the plan")?;

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use rustix::time::ClockId;
 use tokio::sync::Semaphore;
 
 /// How often a running guest lets others run. Shorter costs more switches, longer more latency for its neighbours.
@@ -285,6 +286,10 @@ impl Turns {
 
     /// Does a guest's work turn by turn, within its replica's quota if it has one. Adds up the processor time it takes, if
     /// somebody wants to know, and the nanoseconds it waits for its quota.
+    ///
+    /// Reading the processor time is a system call. Without a quota the first turn, which is the only one of most requests, is
+    /// timed by the clock that the kernel maps into every process: as long as the core is this worker's alone that is
+    /// the same, and where it is not, what others had of it meanwhile is counted too.
     pub async fn run<F: Future>(
         &self,
         work: F,
@@ -293,8 +298,11 @@ impl Turns {
         throttled: &AtomicU64,
     ) -> F::Output {
         let mut work = std::pin::pin!(work);
-        // Each reading is a system call.
-        let thread_cpu = || if cpu.is_some() || replica.is_some() { thread_cpu() } else { Duration::ZERO };
+        let mut clock: fn() -> Duration = match (cpu, replica) {
+            (None, None) => || Duration::ZERO,
+            (Some(_), None) => monotonic,
+            (_, Some(_)) => thread_cpu,
+        };
         loop {
             if let Some(replica) = replica {
                 replica.admitted(self, throttled).await;
@@ -305,9 +313,9 @@ impl Turns {
                     return Poll::Ready(Turn::Refused);
                 }
                 self.yielded.store(false, Relaxed);
-                let before = thread_cpu();
+                let before = clock();
                 let polled = work.as_mut().poll(cx);
-                let had = thread_cpu().saturating_sub(before);
+                let had = clock().saturating_sub(before);
                 if let Some(cpu) = cpu {
                     cpu.set(cpu.get() + had);
                 }
@@ -324,6 +332,9 @@ impl Turns {
                 Turn::Last(output) => return output,
                 // Not before it may have a turn: whoever is next in the queue keeps the others waiting.
                 Turn::Over => {
+                    if cpu.is_some() {
+                        clock = thread_cpu;
+                    }
                     if let Some(replica) = replica {
                         replica.admitted(self, throttled).await;
                     }
@@ -348,7 +359,15 @@ enum Turn<T> {
 /// The processor time that this thread has had.
 #[must_use]
 pub fn thread_cpu() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    read(ClockId::ThreadCPUTime)
+}
+
+fn monotonic() -> Duration {
+    read(ClockId::Monotonic)
+}
+
+fn read(clock: ClockId) -> Duration {
+    let now = rustix::time::clock_gettime(clock);
     Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
