@@ -199,16 +199,7 @@ impl Command<'_> {
             set.set(core);
             rustix::thread::sched_setaffinity(None, &set).map_err(at(Step::Cores))?;
         }
-        if let Some(user) = held.user {
-            rustix::thread::set_capabilities_secure_bits(secure_bits()).map_err(at(Step::SecureBits))?;
-            drop_capabilities().map_err(at(Step::Capabilities))?;
-            let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
-            rustix::thread::set_thread_groups(&[]).map_err(at(Step::Groups))?;
-            rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at(Step::Groups))?;
-            // From root to another user: the kernel empties the effective, permitted and ambient sets with it.
-            rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at(Step::User))?;
-        }
-        rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivileges))
+        drop_privileges(held.user)
     }
 
     /// Puts the descriptors at their numbers. First all are copied above the last of them, so that none is
@@ -248,16 +239,35 @@ impl Command<'_> {
     }
 }
 
-/// The user 0 is one like any other, capabilities do not survive a change of user, none is raised into the ambient set; all
-/// of it locked, for the process and all that descend from it (capabilities(7)).
-fn secure_bits() -> CapabilitiesSecureBits {
-    CapabilitiesSecureBits::NO_ROOT
-        | CapabilitiesSecureBits::NO_ROOT_LOCKED
-        | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
-        | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
-        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
-        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED
+/// Makes the calling thread one of this user's, without any way back: secure bits, capabilities, groups, user,
+/// `no_new_privs`. Without a user only the last. What every role has before its program begins; must be called as root
+/// where there is a user.
+///
+/// # Errors
+/// The step that failed, and what the kernel said.
+pub fn drop_privileges(user: Option<u32>) -> Result<(), (Step, Errno)> {
+    let at = |step| move |e| (step, e);
+    if let Some(user) = user {
+        rustix::thread::set_capabilities_secure_bits(SECURE_BITS).map_err(at(Step::SecureBits))?;
+        drop_capabilities().map_err(at(Step::Capabilities))?;
+        let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
+        rustix::thread::set_thread_groups(&[]).map_err(at(Step::Groups))?;
+        rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at(Step::Groups))?;
+        // From root to another user: the kernel empties the effective, permitted and ambient sets with it.
+        rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at(Step::User))?;
+    }
+    rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivileges))
 }
+
+/// The user 0 is one like any other, capabilities do not survive a change of user, none is raised into the ambient set; all
+/// of it locked, for the process and all that descend from it (capabilities(7)). All four are locked; two of them are locked
+/// unset, because set they would keep what the change of user takes away.
+pub const SECURE_BITS: CapabilitiesSecureBits = CapabilitiesSecureBits::NO_ROOT
+    .union(CapabilitiesSecureBits::NO_ROOT_LOCKED)
+    .union(CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED)
+    .union(CapabilitiesSecureBits::KEEP_CAPS_LOCKED)
+    .union(CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE)
+    .union(CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED);
 
 /// Empties the bounding and inheritable sets; the others go with the change of user.
 fn drop_capabilities() -> Result<(), Errno> {

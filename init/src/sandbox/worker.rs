@@ -13,7 +13,9 @@ use nix::libc::{
 
 use super::program::WRITES;
 use super::sockets::{DATAGRAM, STREAM, TCP, UDP, USUAL, V4, V6};
-use super::{Call, Demand, Error, Sandbox, Test, Threads, call, confine, event_loop, filter, is, program, without};
+use super::{
+    Call, Closing, Demand, Error, Layer, Sandbox, Test, Threads, call, event_loop, filter, is, program, without,
+};
 
 /// What a graph lets a worker reach.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -135,9 +137,21 @@ pub fn seal(reach: &Reach) -> impl Iterator<Item = &'static Call> {
 /// # Errors
 /// [`Error`]
 pub fn enter(reach: &Reach, demand: Demand) -> Result<(), Error> {
-    super::drop_capabilities(demand)?;
-    confine(&START, &reach.ports, reach.tcp, demand)?;
-    filter(START.calls.iter().copied().flatten().chain(seal(reach)), Threads::This, demand)
+    closing(reach).enter(demand)
+}
+
+fn closing(reach: &Reach) -> Closing<'_> {
+    let calls = START.calls.iter().copied().flatten().chain(seal(reach)).collect();
+    Closing { sandbox: &START, ports: &reach.ports, bind: reach.tcp, calls }
+}
+
+/// Enters one layer of the first moment and leaves the others off, to show what it stops by itself, as
+/// [`super::enter_one_layer`] does; sealed is only who calls [`close`] then.
+///
+/// # Errors
+/// If the layer could not be had.
+pub fn enter_one_layer(layer: Layer, reach: &Reach) -> Result<(), Error> {
+    closing(reach).enter_one(layer, Demand::Whole)
 }
 
 /// The second, when everything is mapped, linked and pooled: the seal, on all threads.

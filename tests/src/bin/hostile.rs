@@ -2,23 +2,61 @@
 //! permitted. It exists only in the test image and for the tests.
 //!
 //! Without arguments it tries everything and prints one line for each act: role, act, what came of it. It fails if an act
-//! that must not succeed did, or one that must succeed did not. With a role it tries that one alone; with a role, an act
-//! and two addresses it is the process of that act.
+//! that must not succeed did, or one that must succeed did not. With a role it tries that one alone. With `layers` it tries
+//! everything with each layer of the sandboxes alone, the others off, and prints a table of what that layer stops by itself.
+//! With a role, layers, an act, two addresses and a folder it is the process of that act.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
+use std::io::IoSlice;
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
 
 use gaia_init::sandbox::worker::{self, Reach};
-use gaia_init::sandbox::{self, Demand};
+use gaia_init::sandbox::{self, Demand, Layer, Sandbox};
+use gaia_init::spawn;
 use nix::libc;
 
 /// What the sandbox of a role is to be tried with.
-const ROLES: [&str; 7] = ["control", "compile", "starting", "sealed", "sealed-http", "console", "log"];
+const ROLES: [&str; 8] = ["control", "compile", "starting", "sealed", "sealed-http", "sealed-net", "console", "log"];
+/// As whom, where this is started by root: nobody else is.
+const USER: u32 = 64_999;
+
+/// Which layers of a role's sandbox an act meets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layers {
+    /// None: what comes of the act then is what a layer's work is held against.
+    None,
+    /// A user of its own, no group, no capability, secure bits locked, `no_new_privs`: what init does before a role's program begins,
+    /// and what the role does again.
+    Privileges,
+    /// Landlock alone.
+    Landlock,
+    /// Seccomp alone.
+    Seccomp,
+    /// All, as the role has them.
+    All,
+}
+
+impl Layers {
+    const EACH: [Self; 5] = [Self::None, Self::Privileges, Self::Landlock, Self::Seccomp, Self::All];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Privileges => "privileges",
+            Self::Landlock => "landlock",
+            Self::Seccomp => "seccomp",
+            Self::All => "all",
+        }
+    }
+}
 
 /// The end of a process whose act succeeded, was refused, or could not be tried.
 const DONE: u8 = 0;
@@ -51,6 +89,11 @@ struct Prepared {
     parent: i32,
     terminal: Option<std::fs::File>,
     page: *mut libc::c_void,
+    /// A folder of the parent's with a file `victim`.
+    folder: PathBuf,
+    /// A socket that listens, and two that are connected.
+    listener: TcpListener,
+    channel: (UnixStream, UnixStream),
 }
 
 const PAGE: usize = 4096;
@@ -104,29 +147,33 @@ const ACTS: &[Act] = &[
         attempt: |p| io(std::fs::read(format!("/proc/{}/environ", p.parent)).map(drop)),
     },
     Act { name: "list /proc", permitted: &[], attempt: |_| io(std::fs::read_dir("/proc").map(drop)) },
-    Act { name: "write a file", permitted: &[], attempt: |_| io(std::fs::write("/tmp/gaia-hostile", "x")) },
-    Act { name: "make a folder", permitted: &[], attempt: |_| io(std::fs::create_dir("/tmp/gaia-hostile-folder")) },
-    Act { name: "remove a file", permitted: &[], attempt: |_| io(std::fs::remove_file("/tmp/gaia-hostile-victim")) },
+    Act { name: "write a file", permitted: &[], attempt: |p| io(std::fs::write(p.folder.join("new"), "x")) },
+    Act { name: "make a folder", permitted: &[], attempt: |p| io(std::fs::create_dir(p.folder.join("new"))) },
+    Act { name: "remove a file", permitted: &[], attempt: |p| io(std::fs::remove_file(p.folder.join("victim"))) },
     Act {
         name: "change a mode",
         permitted: &[],
-        attempt: |_| call(libc::SYS_chmod, &[c"/tmp".as_ptr() as i64, 0o777]),
+        attempt: |p| {
+            let path = CString::new(p.folder.join("victim").into_os_string().into_encoded_bytes()).unwrap_or_default();
+            call(libc::SYS_chmod, &[path.as_ptr() as i64, 0o600])
+        },
     },
+    // A kind that no kernel has: whoever may mount is told so.
     Act {
         name: "mount",
         permitted: &[],
         attempt: |_| {
-            call(libc::SYS_mount, &[c"none".as_ptr() as i64, c"/tmp".as_ptr() as i64, c"tmpfs".as_ptr() as i64, 0, 0])
+            call(libc::SYS_mount, &[c"none".as_ptr() as i64, c"/".as_ptr() as i64, c"gaia-none".as_ptr() as i64, 0, 0])
         },
     },
-    Act { name: "change the root", permitted: &[], attempt: |_| call(libc::SYS_chroot, &[c"/tmp".as_ptr() as i64]) },
+    Act { name: "change the root", permitted: &[], attempt: |_| call(libc::SYS_chroot, &[c"/".as_ptr() as i64]) },
     // ── processes ──
     Act {
         name: "exec",
         permitted: &[],
         attempt: |_| {
             let me = CString::new("/proc/self/exe").unwrap_or_default();
-            let argv = [me.as_ptr(), std::ptr::null()];
+            let argv = [me.as_ptr(), c"ran".as_ptr(), std::ptr::null()];
             call(libc::SYS_execve, &[me.as_ptr() as i64, argv.as_ptr() as i64, 0])
         },
     },
@@ -148,6 +195,12 @@ const ACTS: &[Act] = &[
         name: "signal its parent's thread",
         permitted: &[],
         attempt: |p| call(libc::SYS_tkill, &[i64::from(p.parent), i64::from(libc::SIGCONT)]),
+    },
+    // A signal that each role may send to itself. The parent does not mind it.
+    Act {
+        name: "abort its parent",
+        permitted: &[],
+        attempt: |p| call(libc::SYS_tkill, &[i64::from(p.parent), i64::from(libc::SIGABRT)]),
     },
     Act {
         name: "trace its parent",
@@ -171,6 +224,11 @@ const ACTS: &[Act] = &[
         attempt: |p| call(libc::SYS_prlimit64, &[i64::from(p.parent), 7, 0, 0]),
     },
     Act { name: "become another user", permitted: &[], attempt: |_| call(libc::SYS_setuid, &[12345]) },
+    Act {
+        name: "unlock its secure bits",
+        permitted: &[],
+        attempt: |_| call(libc::SYS_prctl, &[i64::from(libc::PR_SET_SECUREBITS), 0]),
+    },
     Act { name: "change its personality", permitted: &[], attempt: |_| call(libc::SYS_personality, &[0x040_0000]) },
     // ── the network ──
     Act { name: "connect to a port that is not listed", permitted: &[], attempt: |p| connect(p.stranger) },
@@ -192,14 +250,53 @@ const ACTS: &[Act] = &[
     },
     Act {
         name: "connect to a port that is listed",
-        permitted: &["control", "sealed-http"],
+        permitted: &["control", "sealed-http", "sealed-net"],
         attempt: |p| connect(p.friend),
     },
     Act { name: "listen", permitted: &[], attempt: |_| io(TcpListener::bind("127.0.0.1:0").map(drop)) },
     Act {
         name: "send a datagram",
-        permitted: &["control"],
+        permitted: &["control", "sealed-net"],
         attempt: |p| io(std::net::UdpSocket::bind("127.0.0.1:0").and_then(|s| s.send_to(b"x", p.stranger)).map(drop)),
+    },
+    Act {
+        name: "take a port that only root may have",
+        permitted: &[],
+        attempt: |_| io(std::net::UdpSocket::bind("127.0.0.1:999").map(drop)),
+    },
+    Act {
+        name: "bind to a port of the kernel's choice",
+        permitted: &["sealed-net"],
+        attempt: |_| {
+            let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None);
+            let address = SocketAddr::from(([127, 0, 0, 1], 0));
+            let bound = socket.and_then(|socket| rustix::net::bind(&socket, &address));
+            bound.map_err(rustix::io::Errno::raw_os_error)
+        },
+    },
+    Act {
+        name: "connect to an abstract socket",
+        permitted: &[],
+        attempt: |p| io(abstract_socket(p.parent).and_then(|a| UnixStream::connect_addr(&a)).map(drop)),
+    },
+    // Nobody waits there: that the kernel says so is what is permitted.
+    Act {
+        name: "accept on a socket that it was given",
+        permitted: &["control", "starting", "sealed", "sealed-http", "sealed-net"],
+        attempt: |p| match p.listener.accept() {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
+            other => io(other.map(drop)),
+        },
+    },
+    Act {
+        name: "write a message on a channel that it was given",
+        permitted: &["control", "compile", "starting", "sealed", "sealed-http", "sealed-net"],
+        attempt: |p| {
+            let (words, flags) = ([IoSlice::new(b"x")], rustix::net::SendFlags::empty());
+            let mut nothing = rustix::net::SendAncillaryBuffer::default();
+            let sent = rustix::net::sendmsg(&p.channel.0, &words, &mut nothing, flags);
+            sent.map(drop).map_err(rustix::io::Errno::raw_os_error)
+        },
     },
     Act {
         name: "make a raw socket",
@@ -310,11 +407,13 @@ const ACTS: &[Act] = &[
     Act { name: "reboot", permitted: &[], attempt: |_| call(libc::SYS_reboot, &[0, 0, 0, 0]) },
     Act { name: "load a module", permitted: &[], attempt: |_| call(libc::SYS_init_module, &[0, 0, 0]) },
     Act { name: "read the kernel's log", permitted: &[], attempt: |_| call(libc::SYS_syslog, &[3, 0, 0]) },
+    // To what it is: whoever may set it does no harm.
     Act {
         name: "set the time",
         permitted: &[],
         attempt: |_| {
             let t = [0_i64; 2];
+            call(libc::SYS_clock_gettime, &[0, pointer(&t)])?;
             call(libc::SYS_clock_settime, &[0, pointer(&t)])
         },
     },
@@ -322,9 +421,9 @@ const ACTS: &[Act] = &[
         name: "type into a terminal",
         permitted: &[],
         attempt: |p| {
-            p.terminal.as_ref().map_or(Err(libc::ENOTTY), |t| {
-                call(libc::SYS_ioctl, &[i64::from(t.as_raw_fd()), 0x5412, pointer(&b'x')])
-            })
+            // Where there is none, standard input has to do for one.
+            let terminal = p.terminal.as_ref().map_or(0, std::os::fd::AsRawFd::as_raw_fd);
+            call(libc::SYS_ioctl, &[i64::from(terminal), 0x5412, pointer(&b'x')])
         },
     },
     Act {
@@ -359,8 +458,33 @@ const ACTS: &[Act] = &[
         },
     },
     Act {
+        name: "know every clock",
+        permitted: EVERYONE,
+        attempt: |_| {
+            let t = [0_i64; 2];
+            // From CLOCK_REALTIME to CLOCK_BOOTTIME, by the kernel and not by its page.
+            (0..=7).try_for_each(|clock| call(libc::SYS_clock_gettime, &[clock, pointer(&t)]))
+        },
+    },
+    Act {
+        name: "panic, say so, and go on",
+        permitted: EVERYONE,
+        attempt: |_| {
+            let nothing: Option<u8> = std::hint::black_box(None);
+            #[expect(clippy::expect_used, reason = "the panic is what is to be tried")]
+            let caught = std::panic::catch_unwind(|| nothing.expect("a panic that is caught"));
+            if caught.is_err() { Ok(()) } else { Err(0) }
+        },
+    },
+    Act { name: "take memory, grow it, trim it, give it back", permitted: EVERYONE, attempt: |_| churn() },
+    Act {
+        name: "make an event loop",
+        permitted: &["control", "starting", "sealed", "sealed-http", "sealed-net", "console", "log"],
+        attempt: |_| call(libc::SYS_epoll_create1, &[i64::from(libc::EPOLL_CLOEXEC)]),
+    },
+    Act {
         name: "make a file in memory",
-        permitted: &["control", "compile", "starting", "sealed", "sealed-http"],
+        permitted: &["control", "compile", "starting", "sealed", "sealed-http", "sealed-net"],
         attempt: |_| {
             rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC)
                 .map(drop)
@@ -369,23 +493,61 @@ const ACTS: &[Act] = &[
     },
 ];
 
+/// All that an allocator asks the kernel for: pieces of every size, grown where they are and elsewhere, shrunk, and given
+/// back in an order that leaves whole pages free.
+fn churn() -> Result<(), i32> {
+    let mut large = vec![1_u8; 16 << 20];
+    large.resize(64 << 20, 2);
+    large.truncate(1 << 20);
+    large.shrink_to_fit();
+    let mut small: Vec<Vec<u8>> = (0..20_000).map(|n| vec![3; 16 + n % 4096]).collect();
+    let mut number = 0;
+    small.retain(|_| {
+        number += 1;
+        number % 2 == 0
+    });
+    let left = std::hint::black_box(&large).len() + std::hint::black_box(&small).len();
+    if left == (1 << 20) + 10_000 { Ok(()) } else { Err(0) }
+}
+
+fn abstract_socket(pid: i32) -> std::io::Result<std::os::unix::net::SocketAddr> {
+    std::os::unix::net::SocketAddr::from_abstract_name(format!("gaia-hostile-{pid}"))
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        [] => try_all(&ROLES),
-        [role] => try_all(&[role.as_str()]),
-        [role, act, stranger, friend] => ExitCode::from(try_one(role, act, stranger, friend)),
+        // Whoever was run by an act.
+        ["ran"] => ExitCode::from(DONE),
+        [role, layers, act, stranger, friend, folder] => {
+            ExitCode::from(try_one(role, layers, act, [stranger, friend], folder).unwrap_or(BROKEN))
+        }
+        [] | [_] => {
+            let outcome = Tries::prepare().and_then(|tries| match arguments.as_slice() {
+                [] => tries.all(&ROLES),
+                ["layers"] => tries.layers(),
+                roles => tries.all(roles),
+            });
+            match outcome {
+                Ok(true) => ExitCode::SUCCESS,
+                Ok(false) => ExitCode::FAILURE,
+                Err(e) => {
+                    let _ = std::io::stderr().write_all(format!("{e}\n").as_bytes());
+                    ExitCode::from(BROKEN)
+                }
+            }
+        }
         _ => ExitCode::from(BROKEN),
     }
 }
 
-/// The process of one act.
-fn try_one(role: &str, name: &str, stranger: &str, friend: &str) -> u8 {
-    let (Some(act), Ok(stranger), Ok(friend)) =
-        (ACTS.iter().find(|act| act.name == name), stranger.parse(), friend.parse::<SocketAddr>())
-    else {
-        return BROKEN;
-    };
+/// The process of one act. Nothing, if it was called with what does not exist.
+fn try_one(role: &str, layers: &str, name: &str, addresses: [&str; 2], folder: &str) -> Option<u8> {
+    let act = ACTS.iter().find(|act| act.name == name)?;
+    let layers = Layers::EACH.into_iter().find(|l| l.word() == layers)?;
+    let [stranger, friend] = addresses.map(|address| address.parse::<SocketAddr>().ok());
+    let (stranger, friend) = (stranger?, friend?);
     // SAFETY: a fresh anonymous page; its address is used by nothing else.
     let page = unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -393,72 +555,210 @@ fn try_one(role: &str, name: &str, stranger: &str, friend: &str) -> u8 {
     };
     let parent = std::os::unix::process::parent_id().cast_signed();
     let terminal = std::fs::File::options().read(true).write(true).open("/dev/ptmx").ok();
-    let prepared = Prepared { stranger, friend, parent, terminal, page };
-    let ports = BTreeSet::from([friend.port()]);
-    let nothing = Reach::default();
-    let http = Reach { http: true, ports: ports.clone(), ..Reach::default() };
-    let whole = Demand::Whole;
-    let none = BTreeSet::new();
-    let entered = match role {
-        "control" => sandbox::enter(&sandbox::control::SANDBOX, &ports, whole),
-        "compile" => sandbox::enter(&sandbox::compile::SANDBOX, &none, whole),
-        "console" => sandbox::enter(&sandbox::console::SANDBOX, &none, whole),
-        "log" => sandbox::enter(&sandbox::log::SANDBOX, &none, whole),
-        "starting" => worker::enter(&nothing, whole),
-        "sealed" => sealed(&nothing),
-        "sealed-http" => sealed(&http),
-        _ => return BROKEN,
-    };
-    if let Err(e) = entered {
+    let listener = TcpListener::bind("127.0.0.1:0").and_then(|l| l.set_nonblocking(true).map(|()| l)).ok()?;
+    let channel = UnixStream::pair().ok()?;
+    let prepared = Prepared { stranger, friend, parent, terminal, page, folder: folder.into(), listener, channel };
+    if let Err(e) = entered(role, layers, friend.port()) {
         let _ = std::io::stderr().write_all(format!("{role}: {e}\n").as_bytes());
-        return NOT_TRIED;
+        return Some(NOT_TRIED);
     }
-    match (act.attempt)(&prepared) {
+    Some(match (act.attempt)(&prepared) {
         Ok(()) => DONE,
         Err(errno) => {
             let _ = std::io::stdout().write_all(std::io::Error::from_raw_os_error(errno).to_string().as_bytes());
             REFUSED
         }
+    })
+}
+
+/// A role's sandbox, and what its graph grants.
+enum Closed {
+    Role(&'static Sandbox, BTreeSet<u16>),
+    Worker { reach: Reach, sealed: bool },
+}
+
+fn sandbox_of(role: &str, port: u16) -> Option<Closed> {
+    let (port, none) = (BTreeSet::from([port]), BTreeSet::new());
+    Some(match role {
+        "control" => Closed::Role(&sandbox::control::SANDBOX, port),
+        "compile" => Closed::Role(&sandbox::compile::SANDBOX, none),
+        "console" => Closed::Role(&sandbox::console::SANDBOX, none),
+        "log" => Closed::Role(&sandbox::log::SANDBOX, none),
+        "starting" => Closed::Worker { reach: Reach::default(), sealed: false },
+        "sealed" => Closed::Worker { reach: Reach::default(), sealed: true },
+        "sealed-http" => Closed::Worker { reach: Reach { http: true, ports: port, ..Reach::default() }, sealed: true },
+        "sealed-net" => Closed::Worker { reach: Reach { http: true, tcp: true, udp: true, ports: port }, sealed: true },
+        _ => return None,
+    })
+}
+
+/// Enters these layers of a role's sandbox.
+fn entered(role: &str, layers: Layers, port: u16) -> Result<(), String> {
+    let closed = sandbox_of(role, port).ok_or("no such role")?;
+    if matches!(layers, Layers::Privileges | Layers::All) {
+        dropped()?;
     }
-}
-
-fn sealed(reach: &Reach) -> Result<(), sandbox::Error> {
-    worker::enter(reach, Demand::Whole)?;
-    worker::close(reach, Demand::Whole)
-}
-
-/// Tries every act in each of these roles, and says what came of it.
-fn try_all(roles: &[&str]) -> ExitCode {
-    let bind = || TcpListener::bind("127.0.0.1:0").and_then(|l| Ok((l.local_addr()?, l)));
-    let (Ok((stranger, _one)), Ok((friend, _two))) = (bind(), bind()) else {
-        let _ = std::io::stderr().write_all(b"no address to connect to\n");
-        return ExitCode::from(BROKEN);
+    let one = match layers {
+        Layers::None => return Ok(()),
+        Layers::Privileges => Some(Layer::Capabilities),
+        Layers::Landlock => Some(Layer::Landlock),
+        Layers::Seccomp => Some(Layer::Seccomp),
+        Layers::All => None,
     };
-    let _ = std::fs::write("/tmp/gaia-hostile-victim", "");
-    let mut wrong = 0;
-    for role in roles.iter().copied() {
-        for act in ACTS {
-            let wanted = if act.permitted.contains(&role) { Wanted::Done } else { Wanted::Stopped };
-            let (came, ok) = match outcome(role, act.name, &stranger.to_string(), &friend.to_string()) {
-                Ok((status, said)) => judged(status, &said, wanted),
-                Err(e) => (format!("could not be started: {e}"), false),
-            };
-            wrong += usize::from(!ok);
-            let mark = if ok { "ok   " } else { "WRONG" };
-            let line = format!("{mark} {role:<12} {:<40} {came}\n", act.name);
-            let _ = std::io::stdout().write_all(line.as_bytes());
+    #[expect(clippy::disallowed_methods, reason = "one layer with the others off is what is to be shown")]
+    let entered = match (&closed, one) {
+        (Closed::Role(sandbox, ports), None) => sandbox::enter(sandbox, ports, Demand::Whole),
+        (Closed::Role(sandbox, ports), Some(layer)) => sandbox::enter_one_layer(layer, sandbox, ports),
+        (Closed::Worker { reach, .. }, None) => worker::enter(reach, Demand::Whole),
+        (Closed::Worker { reach, .. }, Some(layer)) => worker::enter_one_layer(layer, reach),
+    };
+    entered.map_err(|e| e.to_string())?;
+    match closed {
+        Closed::Worker { reach, sealed: true } if matches!(layers, Layers::Seccomp | Layers::All) => {
+            worker::close(&reach, Demand::Whole).map_err(|e| e.to_string())
         }
+        _ => Ok(()),
     }
-    let _ = std::fs::remove_file("/tmp/gaia-hostile-victim");
-    let _ = std::io::stdout()
-        .write_all(format!("{} acts in {} sandboxes, {wrong} wrong\n", ACTS.len(), roles.len()).as_bytes());
-    if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn outcome(role: &str, act: &str, stranger: &str, friend: &str) -> std::io::Result<(ExitStatus, String)> {
-    let output = Command::new("/proc/self/exe").args([role, act, stranger, friend]).stdin(Stdio::null()).output()?;
-    let said = [output.stdout, output.stderr].concat();
-    Ok((output.status, String::from_utf8_lossy(&said).trim().to_owned()))
+/// What init does to each role before its program begins, as far as whoever started this may do it, and whether the kernel
+/// shows it: secure bits are shown to nobody else, and under seccomp not even to the process itself.
+fn dropped() -> Result<(), String> {
+    let root = rustix::process::geteuid().is_root();
+    spawn::drop_privileges(root.then_some(USER)).map_err(|(step, e)| format!("{step:?}: {e}"))?;
+    let bits = rustix::thread::capabilities_secure_bits().map_err(|e| e.to_string())?;
+    if root && bits != spawn::SECURE_BITS {
+        return Err(format!("the secure bits are {bits:?}"));
+    }
+    Ok(())
+}
+
+/// What is there for the acts to be tried on, and removed at the end.
+struct Tries {
+    stranger: TcpListener,
+    friend: TcpListener,
+    _abstract_socket: UnixListener,
+    folder: PathBuf,
+}
+
+impl Drop for Tries {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+extern "C" fn ignored(_: libc::c_int) {}
+
+impl Tries {
+    fn prepare() -> std::io::Result<Self> {
+        use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+        let pid = std::process::id();
+        // Not `SIG_IGN`, which whoever is started would inherit.
+        let ignore = SigAction::new(SigHandler::Handler(ignored), SaFlags::SA_RESTART, SigSet::empty());
+        for signal in [Signal::SIGABRT, Signal::SIGCONT] {
+            // SAFETY: the handler does nothing.
+            unsafe { sigaction(signal, &ignore) }?;
+        }
+        // Of the appliance's folders only the second can be written to.
+        let folder = |base| Path::new(base).join(format!("gaia-hostile-{pid}"));
+        let made = std::fs::create_dir_all(folder("/tmp")).map(|()| folder("/tmp"));
+        let folder = made.or_else(|_| std::fs::create_dir_all(folder("/run")).map(|()| folder("/run")))?;
+        Ok(Self {
+            stranger: TcpListener::bind("127.0.0.1:0")?,
+            friend: TcpListener::bind("127.0.0.1:0")?,
+            _abstract_socket: UnixListener::bind_addr(&abstract_socket(pid.cast_signed())?)?,
+            folder,
+        })
+    }
+
+    /// What comes of an act in a process that has these layers of a role's sandbox.
+    fn outcome(&self, role: &str, layers: Layers, act: &str) -> std::io::Result<(ExitStatus, String)> {
+        let _ = std::fs::remove_file(self.folder.join("new")).or_else(|_| std::fs::remove_dir(self.folder.join("new")));
+        std::fs::write(self.folder.join("victim"), "")?;
+        let (stranger, friend) = (self.stranger.local_addr()?.to_string(), self.friend.local_addr()?.to_string());
+        let mut command = Command::new("/proc/self/exe");
+        command.args([role, layers.word(), act, &stranger, &friend]).arg(&self.folder);
+        // As init starts a role: nothing of this process's environment, no `RUST_BACKTRACE`.
+        let output = command.env_clear().stdin(Stdio::null()).output()?;
+        let said = [output.stdout, output.stderr].concat();
+        Ok((output.status, String::from_utf8_lossy(&said).trim().to_owned()))
+    }
+
+    /// Tries every act in each of these roles, and says what came of it. Whether all came as wanted.
+    fn all(&self, roles: &[&str]) -> std::io::Result<bool> {
+        let mut wrong = 0;
+        for role in roles.iter().copied() {
+            for act in ACTS {
+                let wanted = if act.permitted.contains(&role) { Wanted::Done } else { Wanted::Stopped };
+                let (status, said) = self.outcome(role, Layers::All, act.name)?;
+                let (came, ok) = judged(status, &said, wanted);
+                wrong += usize::from(!ok);
+                let mark = if ok { "ok   " } else { "WRONG" };
+                say(&format!("{mark} {role:<12} {:<46} {came}", act.name));
+            }
+        }
+        say(&format!("{} acts in {} sandboxes, {wrong} wrong", ACTS.len(), roles.len()));
+        Ok(wrong == 0)
+    }
+
+    /// Tries every act in each role with one layer alone, and prints which layers stop it: what comes of it is neither done
+    /// nor what comes of it without any layer.
+    fn layers(&self) -> std::io::Result<bool> {
+        const LETTERS: [(Layers, char); 3] =
+            [(Layers::Privileges, 'p'), (Layers::Landlock, 'l'), (Layers::Seccomp, 's')];
+        let mut wrong = Vec::new();
+        let mut alone = [0; 3];
+        say(&format!("{:<46} {}", "", ROLES.map(|role| format!("{role:<11}")).join(" ").trim_end()));
+        for act in ACTS {
+            // These two are the same for all roles.
+            let bare = self.outcome(ROLES[0], Layers::None, act.name)?;
+            let dropped = self.outcome(ROLES[0], Layers::Privileges, act.name)?;
+            let mut row = Vec::new();
+            for role in ROLES {
+                let permitted = act.permitted.contains(&role);
+                let mut cell = String::new();
+                for (layers, letter) in LETTERS {
+                    let came = match layers {
+                        Layers::Privileges => dropped.clone(),
+                        layers => self.outcome(role, layers, act.name)?,
+                    };
+                    let code = came.0.code().and_then(|code| u8::try_from(code).ok());
+                    if !matches!(code, Some(DONE | REFUSED)) && came.0.signal() != Some(libc::SIGSYS) {
+                        wrong.push(format!("{role}, {}: {}: {came:?}", layers.word(), act.name));
+                    }
+                    // What is permitted must be done with each layer; else its success with all would say nothing.
+                    if code != Some(DONE) && (permitted || came != bare) {
+                        cell.push(letter);
+                    }
+                }
+                match (permitted, cell.as_str()) {
+                    (true, "") => cell.push_str("may"),
+                    (true, _) => wrong.push(format!("{role}: {} is permitted, but {cell} stops it", act.name)),
+                    (false, "") => wrong.push(format!("{role}: {} is stopped by no layer", act.name)),
+                    (false, _) => {}
+                }
+                for ((_, letter), count) in LETTERS.into_iter().zip(&mut alone) {
+                    *count += usize::from(cell == letter.to_string());
+                }
+                row.push(format!("{cell:<11}"));
+            }
+            say(format!("{:<46} {}", act.name, row.join(" ")).trim_end());
+        }
+        for ((layers, _), count) in LETTERS.into_iter().zip(alone) {
+            say(&format!("stopped by {} alone: {count}", layers.word()));
+            if count == 0 {
+                wrong.push(format!("{} alone stops nothing", layers.word()));
+            }
+        }
+        for line in &wrong {
+            say(&format!("WRONG {line}"));
+        }
+        Ok(wrong.is_empty())
+    }
+}
+
+fn say(line: &str) {
+    let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());
 }
 
 /// What came of an act in words, and whether that was wanted.
