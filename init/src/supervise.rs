@@ -470,8 +470,10 @@ impl<M: Machine> Supervisor<M> {
         };
         role("init".into(), std::process::id().cast_signed(), 0, 0, millis(now - self.started), "up", "none");
         let kernel = sandbox::not_possible_here().is_empty();
-        let sandbox = |child: &Child| match sandbox::missing_of(child.pid, self.machine.demand()) {
-            _ if !kernel => "partly".to_owned(),
+        let demand = self.machine.demand();
+        let sandbox = |child: &Child| match sandbox::missing_of(child.pid, demand) {
+            _ if demand == Demand::Nothing => "off".to_owned(),
+            _ if !kernel => "partly".into(),
             Ok(missing) if missing.is_empty() => "whole".into(),
             Ok(missing) => format!("no-{}", missing.join(".no-")),
             Err(_) => "gone".into(),

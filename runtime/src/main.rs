@@ -69,6 +69,9 @@ enum Command {
         /// Memory that all workers together may have, as in 512MiB; half of the machine's, if not said
         #[arg(long, value_name = "SIZE", value_parser = gaia_manifest::units::size)]
         memory: Option<u64>,
+        /// Leave every process without its sandbox, to measure what it costs: never with a component that you do not trust
+        #[arg(long)]
+        without_sandbox: bool,
     },
     /// A prompt that takes these commands: what the serial port of the appliance runs
     Console,
@@ -100,8 +103,9 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Operate(command) => operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into),
         Command::Check { file, suggest } => return check(&file, suggest, cli.json),
-        Command::Run { file, watch, listen, workers, dns, roots, secrets, memory } => {
-            return match run::run(&run::Options { file, watch, listen, workers, dns, roots, secrets, memory }) {
+        Command::Run { file, watch, listen, workers, dns, roots, secrets, memory, without_sandbox } => {
+            let options = run::Options { file, watch, listen, workers, dns, roots, secrets, memory, without_sandbox };
+            return match run::run(&options) {
                 Ok(code) => code,
                 Err(e) => {
                     let _ = stderr().write_all(format!("gaia: {e:#}\n").as_bytes());

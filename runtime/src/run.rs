@@ -10,7 +10,7 @@
 //! ```
 //!
 //! What it cannot do without privileges, or on this kernel, it says when it starts. The roles are in the same sandboxes as on
-//! the appliance. It opens one socket for
+//! the appliance, unless somebody who measures wants to know what they cost. It opens one socket for
 //! `gaia status`, `ps` and `logs`, in a folder of its own that nobody else may enter, and removes it at the end.
 
 use std::ffi::CStr;
@@ -63,6 +63,8 @@ pub struct Options {
     pub secrets: Option<PathBuf>,
     /// Bytes of memory that all workers together may have; half of the machine's, if not said.
     pub memory: Option<u64>,
+    /// Whether the roles are left without their sandboxes, to measure what these cost.
+    pub without_sandbox: bool,
 }
 
 /// Reads the address of a name server, which has port 53 unless it says another.
@@ -104,9 +106,22 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     }
     let mut launcher = Launcher::new(options, folder.into(), &own, cores.workers.len())?;
     let mut missing = vec!["users of their own", "cgroups"];
-    missing.extend(sandbox::not_possible_here());
+    if options.without_sandbox {
+        anyhow::ensure!(
+            std::process::id() != 1,
+            "no child of process 1 is without a sandbox: --without-sandbox is not for containers"
+        );
+        missing.push("any sandbox");
+    } else {
+        missing.extend(sandbox::not_possible_here());
+    }
     launcher.say(&format!("not enforced here: {}; the appliance has all of it", missing.join(", ")));
     launcher.say(&format!("{cores}; operate it with: gaia --api {} ps", own.socket().display()));
+    if options.without_sandbox {
+        launcher.say(
+            "WARNING: --without-sandbox is for measuring. A component that breaks out of WebAssembly has all that this user has",
+        );
+    }
     let mut supervisor = Supervisor::new(launcher, cores, listeners, &[Kind::Control, Kind::Log])?;
     supervisor.run()?;
     let served = supervisor.serving().is_some();
@@ -182,6 +197,7 @@ struct Launcher {
     null: OwnedFd,
     /// Bytes of memory that each worker may have.
     memory: u64,
+    demand: Demand,
     /// What waits for standard error.
     lines: Lines,
     error: OwnedFd,
@@ -199,6 +215,7 @@ impl Launcher {
         let memory = options.memory.unwrap_or(info.totalram * u64::from(info.mem_unit) / 2);
         Ok(Self {
             memory: memory / workers.max(1) as u64,
+            demand: if options.without_sandbox { Demand::Nothing } else { Demand::Possible },
             dns,
             roots: options.roots.iter().map(absolute).collect::<io::Result<_>>()?,
             secrets: options.secrets.as_ref().map(absolute).transpose()?,
@@ -298,7 +315,7 @@ impl Machine for Launcher {
     }
 
     fn demand(&self) -> Demand {
-        Demand::Possible
+        self.demand
     }
 
     fn pet(&mut self) {}

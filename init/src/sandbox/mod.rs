@@ -106,16 +106,24 @@ pub enum Demand {
     Whole,
     /// It does with what there is: `gaia run`, which says what is missing.
     Possible,
+    /// There is no sandbox: `gaia run --without-sandbox`, to measure what one costs.
+    Nothing,
 }
 
 impl Demand {
     /// As the supervisor puts it into the environment. Whoever was told nothing wants all of it.
     #[must_use]
     pub fn from_environment() -> Self {
-        if std::env::var(VARIABLE).is_ok_and(|word| word == Self::Possible.word()) {
-            Self::Possible
-        } else {
-            Self::Whole
+        let parent = rustix::process::getppid().map(rustix::process::Pid::as_raw_pid);
+        Self::of(&std::env::var(VARIABLE).unwrap_or_default(), parent)
+    }
+
+    /// Without a sandbox is no child of process 1, whatever it is told: on the appliance that is everyone.
+    fn of(word: &str, parent: Option<i32>) -> Self {
+        let told = [Self::Possible, Self::Nothing].into_iter().find(|demand| demand.word() == word);
+        match told {
+            Some(Self::Nothing) if parent.is_none_or(|pid| pid == 1) => Self::Whole,
+            told => told.unwrap_or(Self::Whole),
         }
     }
 
@@ -125,6 +133,7 @@ impl Demand {
         match self {
             Self::Whole => "whole",
             Self::Possible => "possible",
+            Self::Nothing => "off",
         }
     }
 }
@@ -172,6 +181,9 @@ struct Closing<'a> {
 
 impl Closing<'_> {
     fn enter(&self, demand: Demand) -> Result<(), Error> {
+        if demand == Demand::Nothing {
+            return Ok(());
+        }
         LAYERS.into_iter().try_for_each(|layer| self.enter_one(layer, demand))
     }
 
@@ -237,7 +249,7 @@ fn confine(sandbox: &Sandbox, ports: &BTreeSet<u16>, bind: bool, demand: Demand)
     let mut rules = ruleset(demand).and_then(Ruleset::create).map_err(|e| failed(&e))?;
     let files = match demand {
         Demand::Whole => sandbox.files,
-        Demand::Possible => sandbox.files_of_a_workstation,
+        Demand::Possible | Demand::Nothing => sandbox.files_of_a_workstation,
     };
     for (path, _) in files {
         // What is not there cannot be opened either: a machine without a seed.
@@ -254,7 +266,7 @@ fn confine(sandbox: &Sandbox, ports: &BTreeSet<u16>, bind: bool, demand: Demand)
     }
     let status = rules.restrict_self().map_err(|e| failed(&e))?;
     match (status.ruleset, demand) {
-        (RulesetStatus::FullyEnforced, _) | (_, Demand::Possible) => Ok(()),
+        (RulesetStatus::FullyEnforced, _) | (_, Demand::Possible | Demand::Nothing) => Ok(()),
         (RulesetStatus::PartiallyEnforced, Demand::Whole) => Err(Error::Partly("partly there")),
         (RulesetStatus::NotEnforced, Demand::Whole) => Err(Error::Partly("not there")),
     }
@@ -263,7 +275,7 @@ fn confine(sandbox: &Sandbox, ports: &BTreeSet<u16>, bind: bool, demand: Demand)
 fn ruleset(demand: Demand) -> Result<Ruleset, landlock::RulesetError> {
     let level = match demand {
         Demand::Whole => CompatLevel::HardRequirement,
-        Demand::Possible => CompatLevel::BestEffort,
+        Demand::Possible | Demand::Nothing => CompatLevel::BestEffort,
     };
     Ruleset::default()
         .set_compatibility(level)
@@ -382,7 +394,7 @@ pub fn missing(status: &str, demand: Demand) -> Vec<&'static str> {
     }
     let sets: &[&str] = match demand {
         Demand::Whole => &["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"],
-        Demand::Possible => &["CapInh", "CapPrm", "CapEff", "CapAmb"],
+        Demand::Possible | Demand::Nothing => &["CapInh", "CapPrm", "CapEff", "CapAmb"],
     };
     if !sets.iter().copied().all(empty) {
         missing.push("capabilities");
@@ -411,6 +423,21 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use worker::Reach;
+
+    #[test]
+    fn no_child_of_process_1_is_without_a_sandbox_whatever_it_is_told() {
+        for (word, parent, demand) in [
+            ("off", Some(77), Demand::Nothing),
+            ("off", Some(1), Demand::Whole),
+            ("off", None, Demand::Whole),
+            ("possible", Some(1), Demand::Possible),
+            ("whole", Some(77), Demand::Whole),
+            ("", Some(77), Demand::Whole),
+            ("of", Some(77), Demand::Whole),
+        ] {
+            assert_eq!(Demand::of(word, parent), demand, "{word} {parent:?}");
+        }
+    }
 
     const EVERYTHING: Reach = Reach { http: true, tcp: true, udp: true, ports: BTreeSet::new() };
 

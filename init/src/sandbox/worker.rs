@@ -159,6 +159,9 @@ pub fn enter_one_layer(layer: Layer, reach: &Reach) -> Result<(), Error> {
 /// # Errors
 /// [`Error`]
 pub fn close(reach: &Reach, demand: Demand) -> Result<(), Error> {
+    if demand == Demand::Nothing {
+        return Ok(());
+    }
     filter(seal(reach), Threads::All, demand)
 }
 
