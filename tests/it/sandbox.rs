@@ -109,7 +109,7 @@ fn asked(port: u16) -> u32 {
     if let Ok(output) = std::process::Command::new("wrk").args(["-t1", "-c16", "-d1s", &url]).output() {
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(!said.contains("Non-2xx") && !said.contains("Socket errors"), "{said}");
-        let (before, _) = said.split_once(" requests in ").expect(&said);
+        let (before, _) = said.split_once(" requests in ").unwrap();
         return before.split_whitespace().last().unwrap().parse().unwrap();
     }
     let began = Instant::now();
@@ -156,7 +156,7 @@ fn bench_sandboxes_cost_less_than_three_in_a_hundred() {
             let (run, pid, _) = &both[at];
             let (began, before) = (Instant::now(), ran(*pid));
             let count = f64::from(asked(run.port));
-            answers[at] = [count / (ran(*pid) - before).as_secs_f64(), count / began.elapsed().as_secs_f64()];
+            answers[at] = [count / ran(*pid).checked_sub(before).unwrap().as_secs_f64(), count / began.elapsed().as_secs_f64()];
         }
         println!("each second that it ran, and each second: with {:.0?}, without {:.0?}", answers[0], answers[1]);
         rounds.push(answers);

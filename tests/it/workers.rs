@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use gaia_tests::{ANSWER_WITHIN, Appliance, Setup, http, soak};
+use gaia_tests::workstation::{Folder, Run};
+use gaia_tests::{ANSWER_WITHIN, Appliance, HELLO, Setup, http, soak};
+use rustix::process::{Pid, Signal};
 
 const SIGKILL: i32 = 9;
 const SIGSTOP: i32 = 19;
@@ -222,5 +224,146 @@ fn a_neighbour_accepts_while_a_worker_stays_away() {
     assert!(load.slowest < Duration::from_secs(5), "a request waited for {:?}", load.slowest);
     let lost = appliance.ask("GET /v1/status").unwrap()["lost"].as_u64().unwrap();
     assert!(load.failed as u64 <= lost, "{} failed, {lost} were inside", load.failed);
+    let transcript = appliance.machine().console().transcript();
+    assert_eq!(waits(transcript.lines(), "worker@0"), [0, 100, 200, 400, 800, 1600]);
+    appliance.power_off().unwrap();
+}
+
+/// A process of a workstation's role, and how many times it was started again.
+fn role(run: &Run, name: &str) -> Option<(i64, u64)> {
+    let status = run.ask("status").unwrap();
+    let found = status["roles"].as_array().unwrap().iter().find(|r| r["name"] == name && r["pid"] != 0)?;
+    Some((found["pid"].as_i64()?, found["restarts"].as_u64()?))
+}
+
+fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + ANSWER_WITHIN;
+    loop {
+        if let Some(there) = ask() {
+            return there;
+        }
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Sends a signal until the process has ended. A fault that is only sent and did not happen is taken for none by the
+/// handlers of Wasmtime and Rust, once: they give the signal its usual effect, and nothing faults again.
+fn crash(pid: i64, signal: Signal) {
+    let process = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    until("it does not end", || {
+        let _ = rustix::process::kill_process(process, signal);
+        std::thread::sleep(Duration::from_millis(20));
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        (!status.contains("State:") || status.contains("State:\tZ")).then_some(())
+    });
+}
+
+/// Would miss: a crash that is not told by its name, that is not made good, or that the other worker or one of its requests
+/// feels.
+#[test]
+fn however_a_worker_crashes_it_is_replaced_and_the_other_does_not_notice() {
+    let folder = Folder::with(HELLO).unwrap();
+    let run = folder.run(&["--workers", "2"]).unwrap().serving().unwrap();
+    let signals = [
+        ("SIGSEGV", Signal::SEGV),
+        ("SIGABRT", Signal::ABORT),
+        ("SIGBUS", Signal::BUS),
+        ("SIGILL", Signal::ILL),
+        ("SIGKILL", Signal::KILL),
+    ];
+    let (load, ()) = load(run.port, "/hello", || {
+        for (round, (name, signal)) in signals.into_iter().enumerate() {
+            let (seat, neighbour) = [("worker@0", "worker@1"), ("worker@1", "worker@0")][round % 2];
+            let ((victim, restarts), other) = (role(&run, seat).unwrap(), role(&run, neighbour).unwrap());
+            crash(victim, signal);
+            run.error.line(&format!("{seat} (pid {victim}) was killed by {name} after")).unwrap();
+            let new = until("it does not come back", || role(&run, seat).filter(|(pid, _)| *pid != victim));
+            assert_eq!(new.1, restarts + 1, "{seat} after {name}");
+            run.error.line(&format!("{seat} (pid {}) is back after", new.0)).unwrap();
+            assert_eq!(role(&run, neighbour).unwrap(), other, "{neighbour} while {seat} had {name}");
+        }
+    });
+    let lost = run.ask("status").unwrap()["lost"].as_u64().unwrap();
+    println!("{} answered, {} failed, {lost} were inside; slowest {:?}", load.answered, load.failed, load.slowest);
+    assert!(load.answered > 100 && load.failed as u64 <= lost, "{} failed, {lost} were inside", load.failed);
+    assert!(load.slowest < Duration::from_secs(2), "a request waited for {:?}", load.slowest);
+    assert!(run.interrupt().unwrap().success());
+}
+
+/// Milliseconds that a role had to wait before each of its starts.
+fn waits<'a>(lines: impl Iterator<Item = &'a str>, role: &str) -> Vec<u64> {
+    let wait = |line: &str| {
+        let (_, wait) = line.split_once(role)?.1.split_once("starting it again in ")?;
+        wait.split(' ').next()?.parse().ok()
+    };
+    lines.filter_map(wait).collect()
+}
+
+/// Would miss: a worker that is started again and again without a pause, or silently; requests on its socket that nobody
+/// answers meanwhile, although a neighbour is well.
+#[test]
+fn a_crash_loop_backs_off_is_told_and_its_requests_are_answered_meanwhile() {
+    let folder = Folder::with(HELLO).unwrap();
+    let run = folder.run(&["--workers", "2"]).unwrap().serving().unwrap();
+    let neighbour = role(&run, "worker@1").unwrap();
+    let (load, ()) = load(run.port, "/hello", || {
+        let mut killed = 0;
+        for _ in 0..7 {
+            let (pid, _) = until("it does not come back", || role(&run, "worker@0").filter(|(pid, _)| *pid != killed));
+            crash(pid, Signal::KILL);
+            killed = pid;
+        }
+        run.error.line("worker@1 accepts on the sockets of worker@0").unwrap();
+        // Away for more than three seconds: so many connections that half of them are on its socket.
+        for _ in 0..40 {
+            assert_eq!(run.get("/hello").unwrap().status, 200);
+        }
+        let status = run.ask("status").unwrap();
+        let roles = status["roles"].as_array().unwrap().clone();
+        let state = |name: &str| roles.iter().find(|r| r["name"] == name).unwrap()["state"].clone();
+        assert_eq!((state("worker@0"), state("worker@1")), ("waiting".into(), "standing-in".into()), "{status}");
+        run.error.line("worker@1 leaves the sockets of worker@0").unwrap();
+    });
+    let lines = run.error.all();
+    assert_eq!(waits(lines.iter().map(String::as_str), "worker@0"), [0, 100, 200, 400, 800, 1600, 3200]);
+    assert_eq!(role(&run, "worker@1").unwrap(), neighbour, "the neighbour is the same");
+    let lost = run.ask("status").unwrap()["lost"].as_u64().unwrap();
+    println!("{} answered, {} failed, {lost} were inside; slowest {:?}", load.answered, load.failed, load.slowest);
+    assert!(load.answered > 1000 && load.failed as u64 <= lost, "{} failed, {lost} were inside", load.failed);
+    assert!(load.slowest < Duration::from_secs(3), "a request waited for {:?}", load.slowest);
+    assert!(run.interrupt().unwrap().success());
+}
+
+/// Would miss: an end by the kernel, for memory, that is not told or not made good.
+#[test]
+fn a_worker_that_the_kernel_ends_for_its_memory_is_replaced() {
+    const MAX: &str = "/sys/fs/cgroup/workers/memory.max";
+    let appliance = Appliance::boot(&Setup::default()).unwrap();
+    let pids = || ["worker@0", "worker@1"].map(|name| appliance.pid(name).unwrap());
+    let before = pids();
+    let max = appliance.read(MAX).unwrap();
+    let kills = || {
+        let events = appliance.read("/sys/fs/cgroup/workers/memory.events").unwrap();
+        events.lines().find_map(|line| line.strip_prefix("oom_kill ")).unwrap().trim() != "0"
+    };
+    // No guest gets there, so the limit comes to the workers, a step at a time: what one gives back must be enough. It is
+    // as it was before a new worker needs its share.
+    let used: u64 = appliance.read("/sys/fs/cgroup/workers/memory.current").unwrap().trim().parse().unwrap();
+    let mut limit = used;
+    while !kills() {
+        limit -= 64 << 10;
+        appliance.write(MAX, &limit.to_string()).unwrap();
+    }
+    appliance.write(MAX, max.trim()).unwrap();
+    let told = appliance.line("was killed by SIGKILL", ANSWER_WITHIN).unwrap();
+    println!("{used} bytes were used, {limit} too little; {told}");
+    appliance.line("is back after", ANSWER_WITHIN).unwrap();
+    let up = |a: &Appliance| Ok(["worker@0", "worker@1"].iter().all(|name| a.pid(name).is_ok()));
+    appliance.until(ANSWER_WITHIN, up, |up| *up).unwrap();
+    let after = pids();
+    // The limit is of all workers together, and until what the first had is given back, the kernel may choose a second.
+    assert_ne!(before, after);
+    appliance.serves_hello().unwrap();
     appliance.power_off().unwrap();
 }

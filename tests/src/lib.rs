@@ -216,6 +216,22 @@ impl Appliance {
         Ok(serde_json::from_value(self.debug(&json!({ "list": path }))?)?)
     }
 
+    /// Writes a file inside.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn write(&self, path: &str, text: &str) -> Result<()> {
+        self.debug(&json!({ "write": path, "text": text })).map(drop)
+    }
+
+    /// Sets the clock inside, in seconds since 1970, and returns what it was.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn set_clock(&self, seconds: i64) -> Result<i64> {
+        self.debug(&json!({ "clock": seconds }))?.as_i64().context("no time")
+    }
+
     /// Sends a signal to a process inside.
     ///
     /// # Errors

@@ -1,7 +1,8 @@
 //! The debug role: answers the tests' questions from inside the machine. It exists only in the test image.
 //!
 //! One JSON object on each line of the virtio-serial port `gaia.debug`, one on each line back:
-//! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"kill": 77, "signal": 9}`,
+//! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"write": "/run/x", "text": "y"}`,
+//! `{"clock": 1000000000}` in seconds since 1970, whose answer is what it was, `{"kill": 77, "signal": 9}`,
 //! `{"ask": "GET /v1/status"}` of control's API, `{"hostile": "worker"}` for what `gaia-hostile` says. The answer is `{"ok": …}` or `{"error": "…"}`.
 
 use std::fs;
@@ -52,6 +53,16 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
         let mut bytes = Vec::new();
         fs::File::open(path).and_then(|f| f.take(MOST).read_to_end(&mut bytes)).with_context(|| path.to_owned())?;
         return Ok(String::from_utf8_lossy(&bytes).into());
+    }
+    if let Some(path) = text("write") {
+        fs::write(path, text("text").context("nothing to write")?).with_context(|| path.to_owned())?;
+        return Ok(Value::Null);
+    }
+    if let Some(seconds) = request.get("clock").and_then(Value::as_i64) {
+        use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
+        let was = clock_gettime(ClockId::Realtime).tv_sec;
+        clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: 0 })?;
+        return Ok(was.into());
     }
     if let Some(path) = text("list") {
         let entries = fs::read_dir(path).with_context(|| path.to_owned())?;
