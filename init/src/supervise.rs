@@ -366,6 +366,9 @@ impl<M: Machine> Supervisor<M> {
                 self.hear(pid);
             }
             while let Some((pid, status)) = next_ended() {
+                if status.terminating_signal() == Some(Signal::SYS.as_raw()) {
+                    self.report_violation(pid);
+                }
                 self.ended(pid, &cause(status));
             }
         }
@@ -759,6 +762,14 @@ impl<M: Machine> Supervisor<M> {
             self.introduce_worker(child);
         }
         Ok(pid)
+    }
+
+    /// Says who made a system call that its sandbox has not, whatever it was about: a compiler, or a worker that drains, whose end
+    /// is otherwise nothing to tell, too. The kernel here keeps no audit of its own.
+    fn report_violation(&mut self, pid: i32) {
+        if let Some(name) = self.child_mut(pid).map(|child| child.name()) {
+            self.machine.say(&format!("violation: {name} (pid {pid}) made a system call that its sandbox has not"));
+        }
     }
 
     fn ended(&mut self, pid: i32, cause: &str) {
@@ -1233,6 +1244,21 @@ mod tests {
             assert!(supervisor.ending.is_none());
             let status = std::os::unix::process::ExitStatusExt::signal(&process.wait().unwrap());
             assert_eq!(status, Some(9));
+        }
+    }
+
+    #[test]
+    fn a_violation_is_told_of_whoever_it_was_and_whatever_it_was_about() {
+        for (kind, phase) in [(Kind::Compile, Phase::Up), (Kind::Worker, Phase::Draining), (Kind::Control, Phase::Up)] {
+            let (mut supervisor, mut process, _far) = supervising(kind);
+            supervisor.children[0].phase = phase;
+            let pid = supervisor.children[0].pid;
+            supervisor.report_violation(pid);
+            supervisor.report_violation(1);
+            let [line] = supervisor.machine.said.as_slice() else { panic!("{:?}", supervisor.machine.said) };
+            assert!(line.starts_with(&format!("violation: {} (pid {pid})", kind.role().name)), "{line}");
+            process.kill().unwrap();
+            process.wait().unwrap();
         }
     }
 

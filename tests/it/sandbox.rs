@@ -1,11 +1,14 @@
 //! Privileges are dropped, and that is proven: from inside, by a program that tries what is forbidden in each role's
 //! sandbox, and from outside, by what the kernel shows of each process.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use gaia_qemu::{Machine, MachineBuilder};
-use gaia_tests::workstation::Folder;
+use gaia_tests::workstation::{Folder, Run};
 use gaia_tests::{ANSWER_WITHIN, Appliance, BOOT_WITHIN, Setup, out};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 
 /// A network grant, so that its worker's seal lets sockets be made.
 const FETCH: &str = r#"
@@ -156,7 +159,8 @@ fn bench_sandboxes_cost_less_than_three_in_a_hundred() {
             let (run, pid, _) = &both[at];
             let (began, before) = (Instant::now(), ran(*pid));
             let count = f64::from(asked(run.port));
-            answers[at] = [count / ran(*pid).checked_sub(before).unwrap().as_secs_f64(), count / began.elapsed().as_secs_f64()];
+            answers[at] =
+                [count / ran(*pid).checked_sub(before).unwrap().as_secs_f64(), count / began.elapsed().as_secs_f64()];
         }
         println!("each second that it ran, and each second: with {:.0?}, without {:.0?}", answers[0], answers[1]);
         rounds.push(answers);
@@ -298,4 +302,185 @@ fn a_kernel_without_landlock_does_not_serve() {
     machine.console().wait_for("cannot go on: sandboxes: this kernel has not: Landlock", BOOT_WITHIN).unwrap();
     assert!(machine.wait_exit(ANSWER_WITHIN).unwrap().success());
     assert!(!machine.console().transcript().contains("serving"));
+}
+
+/// Would miss: a violation that nobody is told of, and a harness that lets a test pass in which one happened.
+#[test]
+fn a_violation_is_reported_by_init_wherever_it_happens() {
+    let appliance = Appliance::boot(&Setup::default()).unwrap();
+    appliance.expect_violations();
+    // What the kernel ends a process with whose filter says no (seccomp(2), `SECCOMP_RET_KILL_PROCESS`); that this is what
+    // becomes of it, the hostile program shows.
+    for role in ["worker@1", "control"] {
+        let pid = appliance.pid(role).unwrap();
+        appliance.kill(pid, 31).unwrap();
+        let words = format!("violation: {role} (pid {pid}) made a system call that its sandbox has not");
+        appliance.line(&words, ANSWER_WITHIN).unwrap();
+        appliance.line("was killed by SIGSYS", ANSWER_WITHIN).unwrap();
+        appliance.until(ANSWER_WITHIN, |a| a.pid(role), |now| *now != pid).unwrap();
+    }
+    appliance.serves_hello().unwrap();
+    appliance.power_off().unwrap();
+}
+
+/// Would miss: the same under `gaia run`.
+#[test]
+#[should_panic(expected = "violation: worker@0 (pid ")]
+fn a_test_in_which_a_violation_happened_fails() {
+    let folder = Folder::with(gaia_tests::HELLO).unwrap();
+    let run = folder.run(&["--workers", "1"]).unwrap().serving().unwrap();
+    let worker = process(run.ask("status").unwrap()["workers"][0]["pid"].as_i64().unwrap());
+    rustix::process::kill_process(worker, Signal::SYS).unwrap();
+    run.error.line("was killed by SIGSYS").unwrap();
+    assert_eq!(run.get("/hello").unwrap().status, 200);
+}
+
+fn process(pid: i64) -> Pid {
+    Pid::from_raw(i32::try_from(pid).unwrap()).unwrap()
+}
+
+const RARE: &str = r#"
+[brane.hello]
+image = "file:./hello.wasm"
+
+[brane.wait]
+image = "file:./wait.wasm"
+replicas = 1
+limits = { deadline = "20s" }
+capability = { clock = { resolution = "ms" } }
+
+[brane.chatty]
+image = "file:./chatty.wasm"
+limits = { deadline = "20s" }
+
+[brane.hostile]
+image = "file:./hostile.wasm"
+limits = { mem_max = "8 MiB", deadline = "400ms", body_max = "1 MiB" }
+"#;
+
+/// All roles of a workstation that are not compilers, with their processes.
+fn roles(run: &Run) -> Vec<(String, i64)> {
+    let status = run.ask("status").unwrap();
+    let roles = status["roles"].as_array().unwrap().iter();
+    let roles = roles.map(|role| (role["name"].as_str().unwrap().to_owned(), role["pid"].as_i64().unwrap()));
+    roles.filter(|(name, _)| !name.starts_with("compile")).collect()
+}
+
+/// Connects and asks for a path, without waiting for the answer.
+fn begun(run: &Run, path: &str) -> TcpStream {
+    let mut client = TcpStream::connect(("127.0.0.1", run.port)).unwrap();
+    client.set_read_timeout(Some(ANSWER_WITHIN)).unwrap();
+    client.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).unwrap();
+    client
+}
+
+/// The status of an answer, once it is there.
+fn answered(mut client: TcpStream) -> u16 {
+    let mut answer = [0; 12];
+    client.read_exact(&mut answer).unwrap();
+    std::str::from_utf8(&answer[9..]).unwrap().parse().unwrap()
+}
+
+/// Would miss: a system call that is needed only where nothing goes as usual. The harness fails a test in which a role makes
+/// one that its sandbox has not; a role that ended otherwise has another process.
+#[test]
+fn no_rare_path_needs_a_call_that_is_not_in_the_list() {
+    let folder = Folder::with(RARE).unwrap();
+    let run = folder.run(&["--workers", "1", "--watch"]).unwrap().serving().unwrap();
+    let well = |after: &str, same: &[(String, i64)]| {
+        assert_eq!(run.get("/hello").unwrap().status, 200, "after {after}");
+        assert_eq!(roles(&run), same, "after {after}");
+    };
+    let same = roles(&run);
+    let of = |name: &str| same.iter().find(|(n, _)| n == name).unwrap().1;
+    let (worker, control) = (of("worker@0"), of("control"));
+
+    // Descriptors exhausted: twenty are left, and sixty connections come. All are accepted in the end.
+    let held = std::fs::read_dir(format!("/proc/{worker}/fd")).unwrap().count() as u64;
+    // As a role has it, so that it can be given back by whoever runs this.
+    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum.map(|most| most.min(65_536));
+    let few = Rlimit { current: Some(held + 20), maximum };
+    let before = rustix::process::prlimit(Some(process(worker)), Resource::Nofile, few).unwrap();
+    let idle: Vec<_> = (0..60).map(|_| TcpStream::connect(("127.0.0.1", run.port)).unwrap()).collect();
+    let late = begun(&run, "/hello");
+    late.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    assert!((&late).read(&mut [0; 1]).is_err(), "there was a descriptor for it: this run shows nothing");
+    late.set_read_timeout(Some(ANSWER_WITHIN)).unwrap();
+    drop(idle);
+    assert_eq!(answered(late), 200);
+    rustix::process::prlimit(Some(process(worker)), Resource::Nofile, before).unwrap();
+    well("descriptors were exhausted", &same);
+
+    // The pool and the queue before it full: one is in, 1024 wait, and whoever comes then is refused.
+    let mut clients: Vec<_> = (0..1100).map(|_| begun(&run, "/wait?sleep_ms=1500")).collect();
+    let refused = clients.split_off(1060).into_iter().map(answered).filter(|status| *status == 503).count();
+    assert!(refused >= 30, "{refused} of the last forty were refused");
+    drop(clients);
+    assert_eq!(run.get("/wait?sleep_ms=0").unwrap().status, 200);
+    well("the pool was full", &same);
+
+    // Guests that end badly, in each way there is.
+    for how in ["loop", "recurse", "memory", "trap-asked", "trap-writing", "endless", "handles"] {
+        let _ = gaia_tests::http::get(run.port, &format!("/hostile?how={how}"), ANSWER_WITHIN);
+        well(how, &same);
+    }
+
+    // The log's end reached with nobody reading: more than its 8192 records, while control is stopped.
+    rustix::process::kill_process(process(control), Signal::STOP).unwrap();
+    let chatter = run.get("/chatty?lines=30000&errors=0");
+    rustix::process::kill_process(process(control), Signal::CONT).unwrap();
+    assert_eq!(chatter.unwrap().text(), "stdout 30000 stderr 0\n");
+    // What is lost is told before the next line.
+    let told = |lines: &[String]| {
+        let _ = run.get("/chatty?lines=1&errors=0");
+        lines.iter().any(|line| line.contains(" LOST "))
+    };
+    run.output.until(ANSWER_WITHIN, told).unwrap();
+    well("the log was full", &same);
+
+    // A stop and what goes on after it: waits that the kernel restarts.
+    for (_, pid) in same.iter().filter(|(name, _)| name != "init") {
+        rustix::process::kill_process(process(*pid), Signal::STOP).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    for (_, pid) in &same {
+        rustix::process::kill_process(process(*pid), Signal::CONT).unwrap();
+    }
+    well("all were stopped", &same);
+
+    // A worker and control that are started again.
+    for name in ["worker@0", "control", "log"] {
+        let pid = roles(&run).into_iter().find(|(n, _)| n == name).unwrap().1;
+        rustix::process::kill_process(process(pid), Signal::KILL).unwrap();
+        let deadline = Instant::now() + ANSWER_WITHIN;
+        let again = |(n, p): &(String, i64)| n == name && *p != pid && *p != 0;
+        while !run.ask("status").is_ok_and(|_| roles(&run).iter().any(again)) {
+            assert!(Instant::now() < deadline, "{name} does not come back");
+        }
+        assert_eq!(run.get("/hello").unwrap().status, 200, "after {name} was killed");
+    }
+
+    // A drain, with a request inside.
+    let inside = begun(&run, "/wait?sleep_ms=1500");
+    while run.ask("ps").unwrap()["branes"].as_array().unwrap().iter().all(|b| b["name"] != "wait" || b["busy"] == 0) {}
+    folder.write(&RARE.replace("brane.hello", "brane.hallo")).unwrap();
+    run.error.line("serving generation 2").unwrap();
+    assert_eq!(answered(inside), 200, "it was inside when the worker began to drain");
+    assert_eq!(run.get("/hallo").unwrap().status, 200);
+    assert!(run.interrupt().unwrap().success());
+}
+
+/// Would miss: a call, or a panic, where time jumps; a role that is taken for silent, or a request for late, because of it.
+#[test]
+fn the_clock_may_jump_and_no_role_minds() {
+    let appliance = Appliance::boot(&Setup::default()).unwrap();
+    let pids = || ["control", "console", "worker@0", "worker@1"].map(|role| appliance.pid(role).unwrap());
+    let before = pids();
+    let now = appliance.set_clock(4_000_000_000).unwrap();
+    for seconds in [4_000_000_000, 86_400, now] {
+        appliance.set_clock(seconds).unwrap();
+        appliance.serves_hello().unwrap();
+        assert_eq!(pids(), before, "at {seconds}");
+    }
+    appliance.power_off().unwrap();
 }

@@ -7,6 +7,8 @@ pub mod http;
 pub mod workstation;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -102,10 +104,30 @@ impl Setup {
 }
 
 /// A running appliance. Dropped, its machine is gone.
+///
+/// A test during which a role made a system call that its sandbox has not fails, whatever else it was about.
 #[derive(Debug)]
 pub struct Appliance {
     machine: Machine,
     _seed: tempfile::NamedTempFile,
+    violations_meant: AtomicBool,
+}
+
+impl Drop for Appliance {
+    fn drop(&mut self) {
+        let transcript = self.machine.console().transcript();
+        fail_for(&violations(transcript.lines()), self.violations_meant.load(Relaxed));
+    }
+}
+
+/// The lines in which init reports that a role made a system call that its sandbox has not.
+fn violations<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    lines.filter(|line| line.contains("violation: ") || line.contains("SIGSYS")).collect()
+}
+
+fn fail_for(violations: &[&str], meant: bool) {
+    // A test that fails for another reason says that one.
+    assert!(meant || violations.is_empty() || std::thread::panicking(), "{}", violations.join("\n"));
 }
 
 impl Appliance {
@@ -136,7 +158,7 @@ impl Appliance {
             .cpus(setup.cpus)
             .forward(Forward::to(PORT))
             .debug_channel(setup.test_image);
-        Ok(Self { machine: Machine::boot(&builder)?, _seed: seed })
+        Ok(Self { machine: Machine::boot(&builder)?, _seed: seed, violations_meant: AtomicBool::new(false) })
     }
 
     /// Boots and waits until it serves.
@@ -214,6 +236,11 @@ impl Appliance {
     /// What the machine says.
     pub fn list(&self, path: &str) -> Result<Vec<String>> {
         Ok(serde_json::from_value(self.debug(&json!({ "list": path }))?)?)
+    }
+
+    /// From here on a role may make a system call that its sandbox has not: it is made to.
+    pub fn expect_violations(&self) {
+        self.violations_meant.store(true, Relaxed);
     }
 
     /// Writes a file inside.
@@ -339,7 +366,17 @@ pub fn kernel_complaints(transcript: &str) -> Vec<&str> {
 
 #[cfg(test)]
 mod tests {
-    use super::kernel_complaints;
+    use super::{fail_for, kernel_complaints, violations};
+
+    #[test]
+    #[should_panic(expected = "violation: worker@0 (pid 9)")]
+    fn a_violation_fails_whoever_did_not_mean_it() {
+        let said =
+            "gaia: serving\ngaia: violation: worker@0 (pid 9) made a system call that its sandbox has not [1 s]\n";
+        fail_for(&violations(said.lines()), true);
+        fail_for(&violations("gaia: worker@0 (pid 9) was killed by SIGKILL".lines()), false);
+        fail_for(&violations(said.lines()), false);
+    }
 
     #[test]
     fn complaints_are_found_among_the_appliances_own_lines() {

@@ -3,6 +3,8 @@
 use std::io::{BufRead as _, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -128,11 +130,13 @@ impl Folder {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let output = Lines::of(child.stdout.take().context("no output")?);
         let error = Lines::of(child.stderr.take().context("no error")?);
-        Ok(Run { child, port, output, error, folder: self.path().to_owned() })
+        Ok(Run { child, port, output, error, folder: self.path().to_owned(), violations_meant: AtomicBool::new(false) })
     }
 }
 
 /// A running `gaia run`. Dropped, it is gone.
+///
+/// As with an appliance, a test during which a role made a system call that its sandbox has not fails.
 #[derive(Debug)]
 pub struct Run {
     child: Child,
@@ -143,9 +147,15 @@ pub struct Run {
     /// What it says of itself.
     pub error: Lines,
     folder: PathBuf,
+    violations_meant: AtomicBool,
 }
 
 impl Run {
+    /// From here on a role may make a system call that its sandbox has not: it is made to.
+    pub fn expect_violations(&self) {
+        self.violations_meant.store(true, Relaxed);
+    }
+
     /// Waits until it serves.
     ///
     /// # Errors
@@ -243,5 +253,7 @@ impl Drop for Run {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let said = self.error.all();
+        crate::fail_for(&crate::violations(said.iter().map(String::as_str)), self.violations_meant.load(Relaxed));
     }
 }

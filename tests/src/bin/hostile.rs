@@ -476,6 +476,8 @@ const ACTS: &[Act] = &[
             if caught.is_err() { Ok(()) } else { Err(0) }
         },
     },
+    // It ends by the signal that a host's panic ends with, and that is what is permitted.
+    Act { name: "abort", permitted: EVERYONE, attempt: |_| std::process::abort() },
     Act { name: "take memory, grow it, trim it, give it back", permitted: EVERYONE, attempt: |_| churn() },
     Act {
         name: "make an event loop",
@@ -659,6 +661,9 @@ impl Tries {
             // SAFETY: the handler does nothing.
             unsafe { sigaction(signal, &ignore) }?;
         }
+        // As a role has it: whoever is ended leaves nothing.
+        let nothing = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+        rustix::process::setrlimit(rustix::process::Resource::Core, nothing)?;
         // Of the appliance's folders only the second can be written to.
         let folder = |base| Path::new(base).join(format!("gaia-hostile-{pid}"));
         let made = std::fs::create_dir_all(folder("/tmp")).map(|()| folder("/tmp"));
@@ -722,7 +727,7 @@ impl Tries {
                         Layers::Privileges => dropped.clone(),
                         layers => self.outcome(role, layers, act.name)?,
                     };
-                    let code = came.0.code().and_then(|code| u8::try_from(code).ok());
+                    let code = code_of(came.0);
                     if !matches!(code, Some(DONE | REFUSED)) && came.0.signal() != Some(libc::SIGSYS) {
                         wrong.push(format!("{role}, {}: {}: {came:?}", layers.word(), act.name));
                     }
@@ -763,12 +768,19 @@ fn say(line: &str) {
 
 /// What came of an act in words, and whether that was wanted.
 fn judged(status: ExitStatus, said: &str, wanted: Wanted) -> (String, bool) {
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    match (status.signal(), code) {
-        (Some(libc::SIGSYS), _) => ("seccomp ended it".into(), wanted == Wanted::Stopped),
-        (Some(signal), _) => (format!("ended by signal {signal}"), false),
-        (None, Some(DONE)) => ("done".into(), wanted == Wanted::Done),
-        (None, Some(REFUSED)) => (format!("refused: {said}"), wanted == Wanted::Stopped),
-        (None, code) => (format!("not tried ({code:?}): {said}"), false),
+    match (code_of(status), status.signal()) {
+        (Some(DONE), _) => ("done".into(), wanted == Wanted::Done),
+        (Some(REFUSED), _) => (format!("refused: {said}"), wanted == Wanted::Stopped),
+        (_, Some(libc::SIGSYS)) => ("seccomp ended it".into(), wanted == Wanted::Stopped),
+        (_, Some(signal)) => (format!("ended by signal {signal}"), false),
+        (code, None) => (format!("not tried ({code:?}): {said}"), false),
+    }
+}
+
+/// How the process of an act ended. Whoever could abort has done what it tried.
+fn code_of(status: ExitStatus) -> Option<u8> {
+    match status.signal() {
+        Some(libc::SIGABRT) => Some(DONE),
+        _ => status.code().and_then(|code| u8::try_from(code).ok()),
     }
 }
