@@ -294,6 +294,23 @@ fn each_layer_stops_what_it_should_on_the_appliance() {
     appliance.power_off().unwrap();
 }
 
+/// Would miss: a process that could make itself one with capabilities again, at its next exec or change of user. The kernel
+/// shows these bits to nobody but the process, and a role's filter does not let it ask: so a process is started as roles are.
+#[test]
+fn the_secure_bits_of_a_role_are_set_and_locked() {
+    let appliance = Appliance::boot(&Setup::default()).unwrap();
+    // NOROOT, NO_CAP_AMBIENT_RAISE: set and locked. NO_SETUID_FIXUP, KEEP_CAPS: locked unset (linux/securebits.h).
+    let bits = 0b1100_0011 | 0b0010_1000;
+    let said = appliance.secure_bits(1000).unwrap();
+    assert_eq!(
+        said,
+        format!(
+            "secure bits {bits:#x}, unlocking them: Err(Os {{ code: 1, kind: PermissionDenied, message: \"Operation not permitted\" }})\n"
+        )
+    );
+    appliance.power_off().unwrap();
+}
+
 /// Would miss: an appliance that serves although a layer of its sandboxes is not there.
 #[test]
 fn a_kernel_without_landlock_does_not_serve() {

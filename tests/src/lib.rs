@@ -294,6 +294,14 @@ impl Appliance {
         Ok(answer["ok"].as_str().with_context(|| answer.to_string())?.to_owned())
     }
 
+    /// What a process says of its secure bits that was started as init starts a role of this user.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn secure_bits(&self, user: u32) -> Result<String> {
+        Ok(self.debug(&json!({ "spawn": user }))?.as_str().unwrap_or_default().to_owned())
+    }
+
     /// A number that control lists about a running role: `pid`, `millis`, `restarts`.
     ///
     /// # Errors

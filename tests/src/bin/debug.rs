@@ -3,10 +3,12 @@
 //! One JSON object on each line of the virtio-serial port `gaia.debug`, one on each line back:
 //! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"write": "/run/x", "text": "y"}`,
 //! `{"clock": 1000000000}` in seconds since 1970, whose answer is what it was, `{"kill": 77, "signal": 9}`,
+//! `{"spawn": 1000}` for what a process of that user says of its secure bits,
 //! `{"ask": "GET /v1/status"}` of control's API, `{"hostile": "worker"}` for what `gaia-hostile` says. The answer is `{"ok": …}` or `{"error": "…"}`.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -84,10 +86,33 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
         let output = std::process::Command::new("/bin/gaia-hostile").arg(role).output().context("gaia-hostile")?;
         return Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into());
     }
+    if let Some(user) = request.get("spawn").and_then(Value::as_u64) {
+        return spawned(u32::try_from(user)?);
+    }
     if let Some(what) = text("ask") {
         return ask(what);
     }
     anyhow::bail!("not a request: {request}")
+}
+
+/// What `gaia-hostile bits` says, started as init starts a role that is this user's.
+fn spawned(user: u32) -> anyhow::Result<Value> {
+    use rustix::process::{WaitOptions, waitpid};
+    let said = "/run/gaia-debug-said";
+    let (null, file) = (fs::File::open("/dev/null")?, fs::File::create(said)?);
+    let command = gaia_init::spawn::Command {
+        program: c"/bin/gaia-hostile",
+        arguments: &[c"gaia-hostile", c"bits"],
+        environment: Vec::new(),
+        descriptors: Vec::new(),
+        stdio: [null.as_fd(), file.as_fd(), file.as_fd()],
+        confinement: gaia_init::spawn::Confinement { user: Some(user), ..Default::default() },
+    };
+    let pid = command.start()?;
+    waitpid(Pid::from_raw(pid), WaitOptions::empty())?;
+    let text = fs::read_to_string(said)?;
+    fs::remove_file(said)?;
+    Ok(text.into())
 }
 
 fn signal_of(number: i32) -> Option<Signal> {

@@ -4,7 +4,7 @@
 //! Without arguments it tries everything and prints one line for each act: role, act, what came of it. It fails if an act
 //! that must not succeed did, or one that must succeed did not. With a role it tries that one alone. With `layers` it tries
 //! everything with each layer of the sandboxes alone, the others off, and prints a table of what that layer stops by itself.
-//! With a role, layers, an act, two addresses and a folder it is the process of that act.
+//! With `bits` it says which secure bits it was started with. With a role, layers, an act, two addresses and a folder it is the process of that act.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -522,6 +522,7 @@ fn main() -> ExitCode {
     match arguments.as_slice() {
         // Whoever was run by an act.
         ["ran"] => ExitCode::from(DONE),
+        ["bits"] => ExitCode::from(secure_bits().map_or(BROKEN, |()| DONE)),
         [role, layers, act, stranger, friend, folder] => {
             ExitCode::from(try_one(role, layers, act, [stranger, friend], folder).unwrap_or(BROKEN))
         }
@@ -632,6 +633,14 @@ fn dropped() -> Result<(), String> {
     if root && bits != spawn::SECURE_BITS {
         return Err(format!("the secure bits are {bits:?}"));
     }
+    Ok(())
+}
+
+/// Says which secure bits this process has, as it was started, and what comes of unlocking them.
+fn secure_bits() -> std::io::Result<()> {
+    let bits = rustix::thread::capabilities_secure_bits()?;
+    let unlocked = rustix::thread::set_capabilities_secure_bits(rustix::thread::CapabilitiesSecureBits::empty());
+    say(&format!("secure bits {:#x}, unlocking them: {unlocked:?}", bits.bits()));
     Ok(())
 }
 
