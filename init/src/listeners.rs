@@ -9,10 +9,43 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 /// `net.core.somaxconn`, which init raises to the same figure.
 pub const BACKLOG: i32 = 4096;
 
+/// What is spoken on a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1 or HTTP/2, plain.
+    Http,
+    /// The same over TLS.
+    Https,
+}
+
+impl Protocol {
+    /// The word for it in a listener's name.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
+
+    /// That of the listener with this name.
+    ///
+    /// ```
+    /// use gaia_init::listeners::Protocol;
+    /// assert_eq!(Protocol::of("https-443-v6"), Some(Protocol::Https));
+    /// assert_eq!(Protocol::of("httpsomething-443-v6"), None);
+    /// ```
+    #[must_use]
+    pub fn of(name: &str) -> Option<Self> {
+        let word = name.split_once('-')?.0;
+        [Self::Http, Self::Https].into_iter().find(|protocol| protocol.word() == word)
+    }
+}
+
 /// One listening socket of one worker core.
 #[derive(Debug)]
 pub struct Listener {
-    /// Its name as the worker sees it: `http-8080-v4`.
+    /// Its name as the worker sees it: `http-8080-v4`, `https-443-v6`.
     pub name: String,
     /// The core whose worker accepts on it.
     pub core: usize,
@@ -45,9 +78,9 @@ pub struct Error {
 
 /// All addresses of both families, for each port.
 #[must_use]
-pub fn everywhere(ports: &[u16]) -> Vec<SocketAddr> {
+pub fn everywhere(protocol: Protocol, ports: &[u16]) -> Vec<(Protocol, SocketAddr)> {
     let both = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
-    ports.iter().flat_map(|port| both.map(|ip| SocketAddr::new(ip, *port))).collect()
+    ports.iter().flat_map(|port| both.map(|ip| (protocol, SocketAddr::new(ip, *port)))).collect()
 }
 
 /// Opens one `SO_REUSEPORT` socket per address and worker core.
@@ -55,14 +88,14 @@ pub fn everywhere(ports: &[u16]) -> Vec<SocketAddr> {
 /// The order of the sockets within a port's reuseport group is that of `cores`. One that cannot be had does not keep
 /// the others from being opened.
 #[must_use]
-pub fn open(addresses: &[SocketAddr], cores: &[usize]) -> Opened {
+pub fn open(addresses: &[(Protocol, SocketAddr)], cores: &[usize]) -> Opened {
     let mut opened = Opened::default();
-    for address in addresses {
+    for (protocol, address) in addresses {
         for core in cores {
             match listen(*address) {
                 Ok(socket) => {
                     let family = if address.is_ipv4() { "v4" } else { "v6" };
-                    let name = format!("http-{}-{family}", address.port());
+                    let name = format!("{}-{}-{family}", protocol.word(), address.port());
                     opened.listeners.push(Listener { name, core: *core, socket });
                 }
                 Err(e) if address.is_ipv6() && e.source == rustix::io::Errno::AFNOSUPPORT => opened.only_v4 = true,
@@ -108,7 +141,7 @@ mod tests {
     fn one_socket_per_core_and_family() {
         // Port 0 would give each its own; take one that is free just now.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let Opened { listeners: all, errors, only_v4 } = open(&everywhere(&[port]), &[0, 1]);
+        let Opened { listeners: all, errors, only_v4 } = open(&everywhere(Protocol::Http, &[port]), &[0, 1]);
         assert!(errors.is_empty(), "{errors:?}");
         assert_eq!(all.len(), if only_v4 { 2 } else { 4 });
         assert_eq!(all.iter().filter(|l| l.core == 1).count(), all.len() / 2);
@@ -120,7 +153,7 @@ mod tests {
         let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
         let taken = (taken.local_addr().unwrap().port(), taken);
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let opened = open(&everywhere(&[taken.0, free]), &[0, 1]);
+        let opened = open(&everywhere(Protocol::Http, &[taken.0, free]), &[0, 1]);
         let [error] = opened.errors.as_slice() else { panic!("{opened:?}") };
         assert_eq!(error.step, "bind");
         assert!(error.to_string().contains(&taken.0.to_string()));
@@ -130,7 +163,7 @@ mod tests {
     #[test]
     fn a_socket_that_was_shut_down_listens_again_on_its_port() {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let opened = open(&everywhere(&[port]), &[0]);
+        let opened = open(&everywhere(Protocol::Http, &[port]), &[0]);
         let v4 = &opened.listeners[0];
         rustix::net::shutdown(&v4.socket, rustix::net::Shutdown::Both).unwrap();
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());

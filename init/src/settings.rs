@@ -47,13 +47,49 @@ pub struct Network {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ingress {
-    /// TCP ports for plain HTTP, at most [`MAX_PORTS`].
+    /// TCP ports for plain HTTP; with those of `https` at most [`MAX_PORTS`].
     pub http: Vec<u16>,
+    /// TCP ports for HTTP over TLS; they need a certificate and its key.
+    pub https: Vec<u16>,
+    /// The file beside the graph with the certificate of the appliance's names and those that lead to its authority, in PEM.
+    pub certificate: Option<String>,
+    /// The file beside the graph with the certificate's private key, in PEM.
+    pub key: Option<String>,
 }
 
 impl Default for Ingress {
     fn default() -> Self {
-        Self { http: vec![80] }
+        Self { http: vec![80], https: Vec::new(), certificate: None, key: None }
+    }
+}
+
+impl Ingress {
+    /// What is wrong with it.
+    fn check(&self) -> Result<(), String> {
+        for (key, ports) in [("http", &self.http), ("https", &self.https)] {
+            if ports.contains(&0) {
+                return Err(format!(
+                    "ingress.{key}: 0 is not a port; name one from 1 to 65535, or leave the list empty"
+                ));
+            }
+        }
+        if self.http.len() + self.https.len() > MAX_PORTS {
+            return Err(format!("ingress.http and ingress.https: at most {MAX_PORTS} ports together"));
+        }
+        if let Some(port) = self.https.iter().find(|port| self.http.contains(port)) {
+            return Err(format!("ingress.https: port {port} is in ingress.http already"));
+        }
+        if !self.https.is_empty() && (self.certificate.is_none() || self.key.is_none()) {
+            return Err("ingress.https: TLS needs ingress.certificate and ingress.key, the names of two files beside \
+                        the graph"
+                .to_owned());
+        }
+        for (key, file) in [("certificate", &self.certificate), ("key", &self.key)] {
+            if let Some(name) = file.as_ref().filter(|name| !is_beside_the_graph(name)) {
+                return Err(format!("ingress.{key}: {name:?} is not the name of a file beside the graph"));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -183,17 +219,16 @@ pub fn parse(text: &str) -> Result<Settings, String> {
             return Err("network.gateway: at most one gateway per address family".to_owned());
         }
     }
-    if settings.ingress.http.contains(&0) {
-        return Err("ingress.http: 0 is not a port; name one from 1 to 65535, or leave the list empty".to_owned());
-    }
-    if settings.ingress.http.len() > MAX_PORTS {
-        return Err(format!("ingress.http: at most {MAX_PORTS} ports"));
-    }
-    let flat = |name: &str| !name.is_empty() && !name.contains('/') && !name.contains(char::is_control);
-    if let Some(name) = settings.egress.roots.iter().find(|name| !flat(name)) {
+    settings.ingress.check()?;
+    if let Some(name) = settings.egress.roots.iter().find(|name| !is_beside_the_graph(name)) {
         return Err(format!("egress.roots: {name:?} is not the name of a file beside the graph"));
     }
     Ok(settings)
+}
+
+/// Whether it can be the name of a file in the seed, which has no folders.
+fn is_beside_the_graph(name: &str) -> bool {
+    !name.is_empty() && !name.contains('/') && !name.contains(char::is_control)
 }
 
 #[cfg(test)]
@@ -218,6 +253,9 @@ mod tests {
         assert_eq!(s.workers.huge_pages, HugePages::Never);
         assert_eq!(s.console.mode, ConsoleMode::Observe);
         assert_eq!(s.ingress.http, [80], "what is not named keeps its default");
+        let s = parse("[ingress]\nhttps = [443, 8443]\ncertificate = \"site.pem\"\nkey = \"site.key\"\n").unwrap();
+        assert_eq!((s.ingress.https.as_slice(), s.ingress.http.as_slice()), (&[443, 8443][..], &[80][..]));
+        assert_eq!((s.ingress.certificate.as_deref(), s.ingress.key.as_deref()), (Some("site.pem"), Some("site.key")));
     }
 
     #[test]
@@ -233,6 +271,13 @@ mod tests {
             ("[egress]\nroots = [\"\"]", "beside the graph"),
             ("[egress]\nroots = [\"a.pem\\nb.pem\"]", "beside the graph"),
             ("[ingress]\nhttp = [1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]", "at most 16"),
+            ("[ingress]\nhttp = [1,2,3,4,5,6,7,8]\nhttps = [11,12,13,14,15,16,17,18,19]", "at most 16"),
+            ("[ingress]\nhttps = [443]", "ingress.certificate"),
+            ("[ingress]\nhttps = [443]\ncertificate = \"a.pem\"", "ingress.key"),
+            ("[ingress]\nhttps = [0]\ncertificate = \"a.pem\"\nkey = \"a.key\"", "ingress.https: 0"),
+            ("[ingress]\nhttps = [80]\ncertificate = \"a.pem\"\nkey = \"a.key\"", "port 80"),
+            ("[ingress]\nhttps = [443]\ncertificate = \"a.pem\"\nkey = \"/etc/a.key\"", "beside the graph"),
+            ("[ingress]\ncertificate = \"a\\nb\"", "beside the graph"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(wanted), "{text:?} gave {error:?}, which lacks {wanted:?}");

@@ -36,8 +36,8 @@ pub const STATISTICS_BYTES: u64 = 1_183_744;
 /// Files a generation may have beside each worker's own descriptors: as many as have room for their names.
 pub const MAX_FILES: usize = 1792;
 // `LISTEN_FDNAMES` is one string, and the kernel takes at most 128 KiB of one (Linux, `MAX_ARG_STRLEN`): `file-NAME` for
-// each file, `next-http-65535-v4` for the sockets of two cores, and less than 256 bytes of others, with their separators.
-const _: () = assert!(MAX_FILES * (wire::MAX_NAME + 6) + MAX_PORTS * 2 * 2 * 19 + 256 < 128 * 1024);
+// each file, `next-https-65535-v4` for the sockets of two cores, and less than 256 bytes of others, with their separators.
+const _: () = assert!(MAX_FILES * (wire::MAX_NAME + 6) + MAX_PORTS * 2 * 2 * 20 + 256 < 128 * 1024);
 /// Compilers that may run at a time.
 pub const MAX_COMPILERS: usize = 2;
 /// Requests for a compiler that may wait for one; each is answered when its turn comes.

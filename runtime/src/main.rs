@@ -54,6 +54,15 @@ enum Command {
         /// Where to listen for HTTP; may be given more than once
         #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
         listen: Vec<SocketAddr>,
+        /// Where to listen for HTTP over TLS; may be given more than once
+        #[arg(long, value_name = "ADDRESS:PORT", requires = "certificate")]
+        tls_listen: Vec<SocketAddr>,
+        /// The certificate to serve TLS with and those that lead to its authority, in PEM; read again when it changes
+        #[arg(long, value_name = "FILE", requires = "key")]
+        certificate: Option<PathBuf>,
+        /// The certificate's private key, in PEM, readable by its owner alone
+        #[arg(long, value_name = "FILE", requires = "certificate")]
+        key: Option<PathBuf>,
         /// How many workers at most; one core each
         #[arg(long, value_name = "N")]
         workers: Option<NonZeroUsize>,
@@ -103,8 +112,34 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Operate(command) => operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into),
         Command::Check { file, suggest } => return check(&file, suggest, cli.json),
-        Command::Run { file, watch, listen, workers, dns, roots, secrets, memory, without_sandbox } => {
-            let options = run::Options { file, watch, listen, workers, dns, roots, secrets, memory, without_sandbox };
+        Command::Run {
+            file,
+            watch,
+            listen,
+            tls_listen,
+            certificate,
+            key,
+            workers,
+            dns,
+            roots,
+            secrets,
+            memory,
+            without_sandbox,
+        } => {
+            let secured = certificate.zip(key);
+            let options = run::Options {
+                file,
+                watch,
+                listen,
+                tls_listen,
+                secured,
+                workers,
+                dns,
+                roots,
+                secrets,
+                memory,
+                without_sandbox,
+            };
             return match run::run(&options) {
                 Ok(code) => code,
                 Err(e) => {

@@ -28,7 +28,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use gaia_init::cores::Cores;
 use gaia_init::lines::Lines;
-use gaia_init::listeners::{self, Listener};
+use gaia_init::listeners::{self, Listener, Protocol};
 use gaia_init::roles::{Kind, Place, Role};
 use gaia_init::sandbox::{self, Demand};
 use gaia_init::spawn::Confinement;
@@ -53,6 +53,10 @@ pub struct Options {
     pub watch: bool,
     /// Where to listen.
     pub listen: Vec<SocketAddr>,
+    /// Where to listen for TLS.
+    pub tls_listen: Vec<SocketAddr>,
+    /// The files with the certificate that TLS is served with, and with its key, in PEM.
+    pub secured: Option<(PathBuf, PathBuf)>,
     /// Workers at most; as many as there are cores for, if not said.
     pub workers: Option<NonZeroUsize>,
     /// Name servers; those of this machine, if none is said.
@@ -99,7 +103,9 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = File::open(folder).with_context(|| format!("{}", folder.display()))?;
     let cores = cores(options.workers);
-    let listeners = listen(&options.listen, &cores)?;
+    let plain = options.listen.iter().map(|address| (Protocol::Http, *address));
+    let addresses: Vec<_> = plain.chain(options.tls_listen.iter().map(|a| (Protocol::Https, *a))).collect();
+    let listeners = listen(&addresses, &cores)?;
     let own = Own::make()?;
     for root in options.roots.iter().chain(&options.secrets) {
         File::open(root).with_context(|| format!("{}", root.display()))?;
@@ -139,8 +145,9 @@ fn cores(most: Option<NonZeroUsize>) -> Cores {
     cores
 }
 
-fn listen(addresses: &[SocketAddr], cores: &Cores) -> anyhow::Result<Vec<Listener>> {
-    for address in addresses {
+fn listen(addresses: &[(Protocol, SocketAddr)], cores: &Cores) -> anyhow::Result<Vec<Listener>> {
+    for (at, (_, address)) in addresses.iter().enumerate() {
+        anyhow::ensure!(!addresses[..at].iter().any(|(_, other)| other == address), "{address} is named twice");
         // The sockets themselves share their port with each other, so they would share it with a stranger's as well.
         let free = TcpListener::bind(address);
         free.with_context(|| format!("{address} cannot be had; another one: --listen 127.0.0.1:8081"))?;
@@ -194,6 +201,7 @@ struct Launcher {
     dns: Vec<SocketAddr>,
     roots: Vec<String>,
     secrets: Option<String>,
+    secured: Option<(String, String)>,
     null: OwnedFd,
     /// Bytes of memory that each worker may have.
     memory: u64,
@@ -219,6 +227,10 @@ impl Launcher {
             dns,
             roots: options.roots.iter().map(absolute).collect::<io::Result<_>>()?,
             secrets: options.secrets.as_ref().map(absolute).transpose()?,
+            secured: match &options.secured {
+                Some((certificate, key)) => Some((absolute(certificate)?, absolute(key)?)),
+                None => None,
+            },
             file: options.file.to_string_lossy().into_owned(),
             watch: options.watch,
             folder,
@@ -306,6 +318,10 @@ impl Machine for Launcher {
                 all.push(("GAIA_DNS".into(), spaced(&self.dns)));
                 all.push(("GAIA_ROOTS".into(), self.roots.join("\n")));
                 all.extend(self.secrets.clone().map(|path| ("GAIA_SECRETS".into(), path)));
+                if let Some((certificate, key)) = &self.secured {
+                    all.push(("GAIA_CERTIFICATE".into(), certificate.clone()));
+                    all.push(("GAIA_KEY".into(), key.clone()));
+                }
                 all
             }
             Kind::Worker => vec![("GAIA_MEMORY".into(), self.memory.to_string())],
@@ -370,11 +386,14 @@ mod tests {
     fn a_taken_address_is_refused_although_the_sockets_would_share_it() {
         let cores = Cores::divide(&[0]);
         let address: SocketAddr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let held = listen(&[address], &cores).unwrap();
-        let error = listen(&[address], &cores).err().unwrap();
+        let (plain, secure) = ((Protocol::Http, address), (Protocol::Https, address));
+        let held = listen(&[plain], &cores).unwrap();
+        let error = listen(&[plain], &cores).err().unwrap();
         assert!(format!("{error:#}").contains(&address.to_string()), "{error:#}");
         drop(held);
-        assert!(listen(&[address], &cores).is_ok());
+        let error = listen(&[plain, secure], &cores).err().unwrap();
+        assert!(format!("{error:#}").contains("named twice"), "{error:#}");
+        assert!(listen(&[secure], &cores).is_ok());
     }
 
     #[test]

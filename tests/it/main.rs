@@ -8,6 +8,7 @@ mod capabilities;
 mod egress;
 mod hostile;
 mod image;
+mod ingress;
 mod lifecycles;
 mod limits;
 mod memory;

@@ -36,6 +36,8 @@ pub(crate) struct Appliance {
     /// Name servers and extra roots, as control reads them.
     dns: String,
     roots: String,
+    /// The files of the ingress's certificate and its key, if there are any.
+    secured: Option<(String, String)>,
 }
 
 impl Appliance {
@@ -55,7 +57,8 @@ impl Appliance {
         let server = |address: &IpAddr| SocketAddr::new(*address, 53).to_string();
         let dns = settings.network.dns.iter().map(server).collect::<Vec<_>>().join(" ");
         let roots = settings.egress.roots.join("\n");
-        Ok(Self { report, groups, api, watchdog, terminal, seed, null, words, console_mode, dns, roots })
+        let secured = settings.ingress.certificate.clone().zip(settings.ingress.key.clone());
+        Ok(Self { report, groups, api, watchdog, terminal, seed, null, words, console_mode, dns, roots, secured })
     }
 }
 
@@ -117,7 +120,14 @@ impl Machine for Appliance {
 
     fn environment(&self, role: &Role) -> Vec<(String, String)> {
         match role.kind {
-            Kind::Control => vec![("GAIA_DNS".into(), self.dns.clone()), ("GAIA_ROOTS".into(), self.roots.clone())],
+            Kind::Control => {
+                let mut all = vec![("GAIA_DNS".into(), self.dns.clone()), ("GAIA_ROOTS".into(), self.roots.clone())];
+                if let Some((certificate, key)) = &self.secured {
+                    all.push(("GAIA_CERTIFICATE".into(), certificate.clone()));
+                    all.push(("GAIA_KEY".into(), key.clone()));
+                }
+                all
+            }
             Kind::Console => vec![
                 ("GAIA_API".into(), API.into()),
                 ("GAIA_CONSOLE".into(), self.console_mode.into()),

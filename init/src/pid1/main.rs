@@ -23,7 +23,7 @@ use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 use gaia_init::cores::Cores;
-use gaia_init::listeners::{Listener, Opened};
+use gaia_init::listeners::{Listener, Opened, Protocol};
 use gaia_init::roles::Kind;
 use gaia_init::settings::{ConsoleMode, Settings};
 use gaia_init::supervise::Supervisor;
@@ -62,7 +62,7 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     report.step("sandboxes", kernel::sandboxes)?;
     let _ = report.step("interrupts", || kernel::steer_interrupts(&cores));
     let _ = report.step("network", || network::up(&settings.network));
-    let listeners = report.step("listeners", || listen(&settings.ingress.http, &cores));
+    let listeners = report.step("listeners", || listen(&settings.ingress, &cores));
     let api = report.step("control socket", machine::api_socket).ok();
     let watchdog = report.step("watchdog", watchdog::Watchdog::open).ok().flatten();
     let terminal = report.step("console", || machine::terminal(&parameters)).ok();
@@ -86,8 +86,11 @@ fn boot_and_supervise() -> Result<Infallible, String> {
 }
 
 /// Opens the listening sockets and says which are missing, and why.
-fn listen(ports: &[u16], cores: &Cores) -> Result<(Vec<Listener>, String), report::Failure> {
-    let Opened { listeners, errors, only_v4 } = listeners::open(&listeners::everywhere(ports), &cores.workers);
+fn listen(ingress: &settings::Ingress, cores: &Cores) -> Result<(Vec<Listener>, String), report::Failure> {
+    let all = [(Protocol::Http, &ingress.http), (Protocol::Https, &ingress.https)];
+    let ports: Vec<u16> = all.iter().flat_map(|(_, ports)| ports.iter().copied()).collect();
+    let addresses: Vec<_> = all.iter().flat_map(|(of, ports)| listeners::everywhere(*of, ports)).collect();
+    let Opened { listeners, errors, only_v4 } = listeners::open(&addresses, &cores.workers);
     let wrong = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     let mut said = format!("{} sockets on port {ports:?}, one per worker core and family", listeners.len());
     if ports.is_empty() {
@@ -123,9 +126,10 @@ fn read_settings() -> Result<(Settings, String), report::Failure> {
     let text = std::io::read_to_string(std::fs::File::from(file)).map_err(|e| format!("{path}: {e}"))?;
     let parsed = settings::parse(&text).map_err(|e| format!("{path}: {e}\ngoing on with defaults"))?;
     let said = format!(
-        "{path}: {} addresses, http on {:?}, huge pages {}",
+        "{path}: {} addresses, http on {:?}, https on {:?}, huge pages {}",
         parsed.network.address.len(),
         parsed.ingress.http,
+        parsed.ingress.https,
         parsed.workers.huge_pages.word()
     );
     Ok((parsed, said))

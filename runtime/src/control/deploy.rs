@@ -85,6 +85,11 @@ impl Source {
         }
     }
 
+    /// Whether nothing is served if what is needed for it is not there: `gaia run`.
+    pub(super) fn ends_when_it_fails(&self) -> bool {
+        self.failure == Failure::End
+    }
+
     /// Reads a component. The seed is flat, and a name cannot lead out of it; on a workstation it may lie anywhere.
     fn component(&self, path: &str) -> anyhow::Result<Vec<u8>> {
         let out_of_it = self.seed && path.strip_prefix("./").unwrap_or(path).contains('/');

@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod artefact;
+mod certificate;
 pub mod deploy;
 mod init;
 pub mod log;
@@ -81,6 +82,8 @@ pub struct Control {
     words: RefCell<Vec<String>>,
     tickets: Cell<u32>,
     names: Stub,
+    /// What workers serve TLS with, if there is any.
+    certificate: RefCell<Option<Rc<certificate::Pair>>>,
 }
 
 /// Runs the role.
@@ -97,7 +100,9 @@ pub fn run() -> anyhow::Result<()> {
 
 async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let init = init::Init::new(Channel::new(descriptors.take("init")?)?);
-    let source = descriptors.take("seed").ok().map(deploy::Source::from_environment);
+    let seed = descriptors.take("seed").ok();
+    let files = seed.as_ref().map(certificate::Files::from_environment).transpose()?.flatten();
+    let source = seed.map(deploy::Source::from_environment);
     let api = descriptors.take("api").ok();
     let key = Key::of(descriptors.take("key")?)?;
     let control = Rc::new(Control {
@@ -113,6 +118,7 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
         // Not where the control before this one began: its questions may still be answered.
         tickets: Cell::new(std::process::id() << 12),
         names: Stub::new(name_servers()),
+        certificate: RefCell::default(),
     });
     let beating = Rc::clone(&control);
     tokio::task::spawn_local(async move {
@@ -127,7 +133,7 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     }
     let starting = Rc::clone(&control);
     tokio::task::spawn_local(async move {
-        if let Err(e) = starting.begin(source).await {
+        if let Err(e) = starting.begin(source, files).await {
             starting.say(&format!("{e:#}")).await;
         }
     });
@@ -137,7 +143,22 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
 
 impl Control {
     /// Takes over what serves, or starts the graph.
-    async fn begin(&self, source: Option<deploy::Source>) -> anyhow::Result<()> {
+    async fn begin(
+        self: &Rc<Self>,
+        source: Option<deploy::Source>,
+        files: Option<certificate::Files>,
+    ) -> anyhow::Result<()> {
+        // Before the workers are known: each is given it when it is.
+        if let Some(files) = files
+            && let Err(e) = certificate::keep(self, files).await
+        {
+            self.say(&format!("{e:#}")).await;
+            self.words.borrow_mut().push(format!("{e:#}"));
+            if source.as_ref().is_some_and(deploy::Source::ends_when_it_fails) {
+                self.init.tell(&FromControl::PowerOff, &[]).await;
+                return Ok(());
+            }
+        }
         let mut found = self.init.hello().await?;
         // Before the first reading, or what changes between would not be seen.
         let seen = source.as_ref().filter(|source| source.watch).map(deploy::Seen::now);
@@ -206,6 +227,10 @@ impl Control {
         let mut workers = self.workers.borrow_mut();
         workers.retain(|w| w.pid != pid);
         workers.push(Rc::clone(&worker));
+        if let Some(pair) = self.certificate.borrow().clone() {
+            let worker = Rc::clone(&worker);
+            tokio::task::spawn_local(async move { pair.give(&worker).await });
+        }
         tokio::task::spawn_local(listen(Rc::clone(self), Rc::clone(&worker)));
         tokio::task::spawn_local(log::read(Rc::clone(self), worker));
         Ok(())
@@ -289,7 +314,8 @@ async fn listen(control: Rc<Control>, worker: Rc<Worker>) {
                     let _ = worker.channel.send(&Word::Found { ticket, found }, &[]).await;
                 }
             }
-            Ok((Word::Found { .. }, _)) | Err(wire::Error::Malformed | wire::Error::Unknown(_)) => {}
+            Ok((Word::Found { .. } | Word::Certificate, _)) | Err(wire::Error::Malformed | wire::Error::Unknown(_)) => {
+            }
             Err(_) => return,
         }
         worker.asked.borrow_mut().retain(|_, asker| !asker.is_closed());

@@ -1,5 +1,5 @@
-//! What a worker and control say to each other: which instances are at work, that there is something in the log, and
-//! what addresses a name has.
+//! What a worker and control say to each other: which instances are at work, that there is something in the log, what
+//! addresses a name has, and what TLS is served with.
 //!
 //! A worker cannot ask a name server itself: it asks control. Each brane has its share of the look-ups that may be open,
 //! so that none waits for another's names. A look-up keeps its place until it is answered, even if nobody waits for it
@@ -9,11 +9,12 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use futures_util::future::BoxFuture;
 use gaia_egress::resolve::{Error, MAX_ADDRESSES, Resolve};
 use gaia_egress::site::Peer;
@@ -22,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::Worker;
-use crate::channel::{Channel, sealed};
+use super::{Worker, tls};
+use crate::channel::{Channel, is_sealed, read_whole, sealed};
 
 /// The largest list, in bytes.
 pub const MAX_BYTES: u64 = 64 << 20;
@@ -63,6 +64,8 @@ pub enum Word {
         /// At least one and at most [`MAX_ADDRESSES`], or why there are none.
         found: Found,
     },
+    /// Control's alone: from now on TLS is served with the certificate and the key beside it, each in a sealed file, in PEM.
+    Certificate,
 }
 
 /// Why a name server could not be asked, in the words of the wire; any other is `other`.
@@ -77,8 +80,10 @@ const KINDS: [(io::ErrorKind, &str); 5] = [
 impl Message for Word {
     fn parse(text: &str) -> Result<Self, Unknown> {
         let read = || {
-            if text == "records" {
-                return Some(Self::Records);
+            match text {
+                "records" => return Some(Self::Records),
+                "certificate" => return Some(Self::Certificate),
+                _ => {}
             }
             let (word, rest) = text.split_once(' ')?;
             let (ticket, rest) = rest.split_once(' ').map_or((rest, None), |(ticket, rest)| (ticket, Some(rest)));
@@ -109,6 +114,7 @@ impl fmt::Display for Word {
         match self {
             Self::Instances { ticket } => write!(f, "instances {ticket}"),
             Self::Records => f.write_str("records"),
+            Self::Certificate => f.write_str("certificate"),
             Self::LookUp { ticket, name } => write!(f, "look-up {ticket} {name}"),
             Self::Found { ticket, found: Ok(addresses) } if !addresses.is_empty() => {
                 write!(f, "found {ticket}")?;
@@ -345,10 +351,24 @@ pub(super) async fn hold(worker: Rc<Worker>, control: Channel) {
                     names.answered(ticket, found);
                 }
             }
+            Ok((Word::Certificate, files)) => {
+                if let Err(e) = certified(&worker, files) {
+                    super::say(worker.core, &format!("certificate dropped: {e:#}"));
+                }
+            }
             Ok((Word::Records | Word::LookUp { .. }, _)) | Err(wire::Error::Unknown(_) | wire::Error::Malformed) => {}
             Err(_) => return,
         }
     }
+}
+
+/// Takes over a certificate and its key. Control has checked them.
+fn certified(worker: &Worker, files: Vec<OwnedFd>) -> anyhow::Result<()> {
+    let [certificate, key] = <[OwnedFd; 2]>::try_from(files).ok().context("not with two files")?;
+    anyhow::ensure!(is_sealed(&certificate) && is_sealed(&key), "it could still change");
+    let config = tls::config(&read_whole(certificate, tls::MAX_BYTES)?, &read_whole(key, tls::MAX_BYTES)?)?;
+    worker.tls.set(config);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -380,6 +400,7 @@ mod tests {
         prop_oneof![
             ticket().prop_map(|ticket| Word::Instances { ticket }),
             Just(Word::Records),
+            Just(Word::Certificate),
             (ticket(), "([a-z_][a-z0-9]{0,60}\\.){0,3}[a-z]{1,60}")
                 .prop_map(|(ticket, name)| Word::LookUp { ticket, name }),
             (ticket(), any_found()).prop_map(|(ticket, found)| Word::Found { ticket, found }),

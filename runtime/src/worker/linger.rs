@@ -35,6 +35,12 @@ impl Lingering {
     pub fn new(stream: TcpStream, broken: Rc<Cell<bool>>) -> Self {
         Self { stream, broken, closing: None, shut: false }
     }
+
+    /// Whether it is to end with a reset.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken.get()
+    }
 }
 
 impl Drop for Lingering {

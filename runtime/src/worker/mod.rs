@@ -7,13 +7,14 @@
 pub mod brane;
 pub mod conversation;
 pub mod host;
+mod ingress;
 pub mod linger;
 pub mod memory;
 pub mod route;
 pub mod serve;
+pub mod tls;
 pub mod turns;
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write as _;
 use std::net::TcpListener;
@@ -26,12 +27,11 @@ use std::time::Duration;
 use anyhow::Context as _;
 use gaia_init::cores::parse_list;
 use gaia_init::descriptors::Descriptors;
+use gaia_init::listeners::Protocol;
 use gaia_init::sandbox::{Demand, worker as sandbox};
 use gaia_init::wire::{FromWorker, ToWorker};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::thread::CpuSet;
-use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use wasmtime::Engine;
 
@@ -39,22 +39,12 @@ use crate::channel::{Channel, is_sealed, read_whole};
 use crate::kept;
 use crate::log::Log;
 use crate::plan::{self, Plan};
-use crate::statistics::{Statistics, While};
+use crate::statistics::Statistics;
 use brane::Brane;
 use memory::Meter;
 
 /// How often the worker shows init that its loop turns.
 const BEAT: Duration = Duration::from_secs(1);
-/// A connection must send a request's whole head within this, and may be idle between requests for as long.
-const HEAD_WITHIN: Duration = Duration::from_secs(30);
-/// What a connection that has not asked for anything yet may take when the worker drains.
-const FIRST_HEAD_WITHIN: Duration = Duration::from_millis(100);
-/// What hyper may buffer of a connection, in bytes; a longer head is answered 431.
-const CONNECTION_BUFFER: usize = 32 * 1024;
-/// Connections at a time: with their buffers full they take 256 MiB. More wait in the sockets' queues.
-const CONNECTIONS: usize = 8192;
-/// How long a client may leave an answer unread, in milliseconds.
-const UNREAD_FOR: u32 = 30_000;
 /// What is kept of freed memory for the next request, in bytes: some hundred requests' tasks and buffers.
 const KEPT: usize = 2 << 20;
 /// A worker's state, shared by its tasks.
@@ -70,6 +60,8 @@ pub struct Worker {
     pub names: Option<Arc<conversation::Names>>,
     /// What it has for all branes.
     pub means: Rc<host::Means>,
+    /// What it serves TLS with.
+    pub tls: tls::Current,
 }
 
 /// One line on standard error, which is the kernel's log on the appliance. It never blocks there.
@@ -149,7 +141,8 @@ fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow
         anyhow::Ok(())
     })?;
     let names = means.network.as_ref().map(|network| Arc::clone(&network.names));
-    let worker = Rc::new(Worker { core: place.core, branes, statistics, log, names, means });
+    let worker =
+        Rc::new(Worker { core: place.core, branes, statistics, log, names, means, tls: tls::Current::default() });
     // Everything is mapped, linked and pooled, and both threads are there.
     sandbox::close(&reach, demand)?;
     local.block_on(&runtime, live(worker, descriptors))
@@ -243,13 +236,14 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
     for brane in &worker.branes {
         tokio::task::spawn_local(Rc::clone(brane).make_all_ready());
     }
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Arc::new(Semaphore::new(ingress::CONNECTIONS));
     let begin = |sockets: &[(String, OwnedFd)]| -> anyhow::Result<Vec<JoinHandle<()>>> {
-        let accept = |(_, socket): &(String, OwnedFd)| {
+        let accept = |(name, socket): &(String, OwnedFd)| {
+            let secure = Protocol::of(name) == Some(Protocol::Https);
             // A descriptor of its own: the event loop forgets it when the task ends, and the socket stays.
             let listener = tokio::net::TcpListener::from_std(TcpListener::from(socket.try_clone()?))?;
             let (worker, places) = (Rc::clone(&worker), Arc::clone(&places));
-            Ok(tokio::task::spawn_local(accept(worker, listener, places, watching.clone())))
+            Ok(tokio::task::spawn_local(ingress::accept(worker, listener, secure, places, watching.clone())))
         };
         sockets.iter().map(accept).collect()
     };
@@ -288,82 +282,4 @@ async fn shed(worker: Rc<Worker>) {
         }
         tokio::time::sleep(2 * turns::TICK).await;
     }
-}
-
-/// Accepts on one socket until the worker drains, no more than there are places for.
-async fn accept(
-    worker: Rc<Worker>,
-    listener: tokio::net::TcpListener,
-    places: Arc<Semaphore>,
-    mut phase: watch::Receiver<Phase>,
-) {
-    loop {
-        let accepted = tokio::select! {
-            biased;
-            _ = phase.wait_for(|p| *p == Phase::Draining) => return,
-            accepted = one_more(&listener, &places) => accepted,
-        };
-        match accepted {
-            Ok((stream, peer, place)) => {
-                let counters = &worker.statistics;
-                worker.means.turns.something_was_done();
-                counters.worker.accepted.fetch_add(1, Relaxed);
-                let open = While::counted(counters, |page| &page.worker.open);
-                let fresh = While::counted(counters, |page| &page.worker.fresh);
-                let connection = serve::Connection {
-                    worker: Rc::clone(&worker),
-                    peer,
-                    fresh: RefCell::new(Some(fresh)),
-                    broken: Rc::default(),
-                };
-                let phase = phase.clone();
-                tokio::task::spawn_local(async move {
-                    serve_connection(Rc::new(connection), stream, phase).await;
-                    drop((open, place));
-                });
-            }
-            // Out of descriptors or memory: those in use come back as requests end.
-            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
-        }
-    }
-}
-
-async fn one_more(
-    listener: &tokio::net::TcpListener,
-    places: &Arc<Semaphore>,
-) -> std::io::Result<(TcpStream, std::net::SocketAddr, OwnedSemaphorePermit)> {
-    let place = Arc::clone(places).acquire_owned().await.map_err(std::io::Error::other)?;
-    let (stream, peer) = listener.accept().await?;
-    Ok((stream, peer, place))
-}
-
-/// Serves one connection to its end, or to the end of its current request when the worker drains.
-async fn serve_connection(connection: Rc<serve::Connection>, stream: TcpStream, mut phase: watch::Receiver<Phase>) {
-    let _ = stream.set_nodelay(true);
-    // A client that takes nothing for so long is gone, even if its machine still answers (tcp(7)).
-    let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, UNREAD_FOR);
-    let stream = linger::Lingering::new(stream, Rc::clone(&connection.broken));
-    let served = Rc::clone(&connection);
-    let service = hyper::service::service_fn(move |request| serve::serve(Rc::clone(&served), request));
-    let http = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_WITHIN)
-        .max_buf_size(CONNECTION_BUFFER)
-        .serve_connection(TokioIo::new(stream), service);
-    let turns = &connection.worker.means.turns;
-    let mut http = std::pin::pin!(http);
-    // What goes wrong on a connection is the client's to know: it sees it end.
-    tokio::select! {
-        biased;
-        _ = turns.before_others(http.as_mut()) => return,
-        _ = phase.wait_for(|p| *p == Phase::Draining) => {}
-    }
-    // Accepted, and its first request may be on its way: it gets a moment, and its answer.
-    if connection.fresh.borrow().is_some()
-        && tokio::time::timeout(FIRST_HEAD_WITHIN, turns.before_others(http.as_mut())).await.is_ok()
-    {
-        return;
-    }
-    http.as_mut().graceful_shutdown();
-    let _ = turns.before_others(http).await;
 }

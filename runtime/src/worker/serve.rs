@@ -12,7 +12,8 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use http::header::InvalidHeaderValue;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
@@ -37,16 +38,35 @@ const QUEUE: u64 = 1024;
 /// What goes out: the runtime's own few words, or the guest's stream.
 pub type Answer = Response<Either<Full<Bytes>, GuestBody>>;
 
-/// One connection, as its requests see it.
+/// One connection, as its requests see it; in HTTP/2 one stream of it.
 pub struct Connection {
     /// The worker that accepted it.
     pub worker: Rc<Worker>,
     /// Who is at the other end.
     pub peer: SocketAddr,
+    /// Whether it is TLS.
+    pub secure: bool,
     /// Counted until the first request's head has been read.
     pub fresh: RefCell<Option<While>>,
     /// An answer broke off: the client must see a reset, or it could take the part for the whole.
     pub broken: Rc<Cell<bool>>,
+    /// Of a stream: when its answer must be over.
+    pub until: Cell<Option<Instant>>,
+}
+
+impl Connection {
+    /// A stream of this connection, which ends by itself when an answer breaks off.
+    #[must_use]
+    pub fn stream(&self, until: Instant) -> Self {
+        Self {
+            worker: Rc::clone(&self.worker),
+            peer: self.peer,
+            secure: self.secure,
+            fresh: RefCell::new(self.fresh.take()),
+            broken: Rc::default(),
+            until: Cell::new(Some(until)),
+        }
+    }
 }
 
 /// Serves one request.
@@ -168,7 +188,7 @@ async fn dispatch(
     exchange: &Rc<Exchange>,
 ) -> Result<Answer, Own> {
     let worker = &connection.worker;
-    let (request, host) = normalised(request, connection.peer)?;
+    let (request, host) = normalised(request, connection.peer, connection.secure)?;
     let Some(brane) = route::find(&worker.branes, &host, request.uri().path()) else {
         worker.statistics.worker.no_route.fetch_add(1, Relaxed);
         exchange.why.replace(format!("no brane is served at {host}{}", request.uri().path()).into());
@@ -182,6 +202,7 @@ async fn dispatch(
         return Err(too_large());
     }
     let deadline = began + brane.plan.deadline;
+    connection.until.set(Some(deadline));
     let permit = slot(&brane, deadline).await?;
     let over = Arc::new(AtomicBool::new(false));
     let request = request.map(|body| Bounded { body, left: body_max, over: Arc::clone(&over) });
@@ -252,24 +273,30 @@ async fn slot(brane: &Brane, deadline: Instant) -> Result<OwnedSemaphorePermit, 
     }
 }
 
-/// Checks what HTTP/1.1 demands and puts the request into the form that guests see: an authority in the URI, one
-/// `Forwarded` header that is the runtime's. Also returns the host it is for, lower case, without port.
-fn normalised(mut request: Request<Incoming>, peer: SocketAddr) -> Result<(Request<Incoming>, String), Own> {
+/// Checks what HTTP demands and puts the request into the form that guests see, whatever the version: an authority in the
+/// URI, and the scheme of the connection; one `Forwarded` header that is the runtime's. Also returns the host it is for,
+/// lower case, without port.
+fn normalised<B>(mut request: Request<B>, peer: SocketAddr, secure: bool) -> Result<(Request<B>, String), Own> {
     if request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT {
         return Err(own(StatusCode::NOT_IMPLEMENTED, "no protocol to upgrade to, and no tunnels"));
     }
     let bad = |what: &'static str| own(StatusCode::BAD_REQUEST, what);
+    let version = request.version();
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let authority = match (request.uri().authority(), hosts.next(), hosts.next()) {
         (_, _, Some(_)) => return Err(bad("more than one Host")),
+        // One of them may have been checked by someone on the way, and not the other (RFC 9113, section 8.3.1).
+        (Some(authority), Some(host), _)
+            if version == Version::HTTP_2 && !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes()) =>
+        {
+            return Err(bad("Host is not the authority"));
+        }
         // In absolute form the URI counts and `Host` does not (RFC 9112, section 3.2.2).
         (Some(authority), ..) => authority.clone(),
         (None, Some(host), _) => {
             host.to_str().ok().and_then(|h| h.parse().ok()).ok_or_else(|| bad("Host is not a host"))?
         }
-        (None, None, _) if request.version() == http::Version::HTTP_10 => {
-            http::uri::Authority::from_static("localhost")
-        }
+        (None, None, _) if version == Version::HTTP_10 => http::uri::Authority::from_static("localhost"),
         (None, None, _) => return Err(bad("Host is missing")),
     };
     if authority.as_str().contains('@') {
@@ -277,19 +304,33 @@ fn normalised(mut request: Request<Incoming>, peer: SocketAddr) -> Result<(Reque
     }
     let host = authority.host().to_ascii_lowercase();
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
-    parts.scheme = Some(http::uri::Scheme::HTTP);
+    parts.scheme = Some(if secure { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });
     parts.authority = Some(authority);
     if parts.path_and_query.is_none() {
         parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
     }
     *request.uri_mut() = Uri::from_parts(parts).map_err(|_| bad("the request's target is not a URI"))?;
+    if version == Version::HTTP_2 {
+        whole_cookie(request.headers_mut()).map_err(|_| bad("Cookie is not a header"))?;
+    }
+    let proto = if secure { "https" } else { "http" };
     let from = match peer {
-        SocketAddr::V4(v4) => format!("for={}", v4.ip()),
-        SocketAddr::V6(v6) => format!("for=\"[{}]\"", v6.ip()),
+        SocketAddr::V4(v4) => format!("for={};proto={proto}", v4.ip()),
+        SocketAddr::V6(v6) => format!("for=\"[{}]\";proto={proto}", v6.ip()),
     };
     let from = HeaderValue::from_str(&from).map_err(|_| bad("the client has no address"))?;
     request.headers_mut().insert(header::FORWARDED, from);
     Ok((request, host))
+}
+
+/// Puts together what HTTP/2 may send in pieces: elsewhere there is one `Cookie` (RFC 9113, section 8.2.3).
+fn whole_cookie(headers: &mut HeaderMap) -> Result<(), InvalidHeaderValue> {
+    if headers.get_all(header::COOKIE).iter().nth(1).is_some() {
+        let pieces: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+        let whole = HeaderValue::from_bytes(&pieces.join(b"; ".as_slice()))?;
+        headers.insert(header::COOKIE, whole);
+    }
+    Ok(())
 }
 
 /// How a guest's work ended.
@@ -404,7 +445,9 @@ async fn run(
             None => brane.pre().instantiate_async(&mut store).await.map_err(|e| guest.failed("instantiate", &e))?,
         };
         let mut http = store.data_mut().http();
-        let request = http.new_incoming_request(Scheme::Http, request).map_err(|e| guest.failed("request", &e))?;
+        let secure = request.uri().scheme() == Some(&http::uri::Scheme::HTTPS);
+        let scheme = if secure { Scheme::Https } else { Scheme::Http };
+        let request = http.new_incoming_request(scheme, request).map_err(|e| guest.failed("request", &e))?;
         let outparam = http.new_response_outparam(head).map_err(|e| guest.failed("response", &e))?;
         let cold = dispatched.elapsed();
         brane.count().cold_ns.fetch_add(u64::try_from(cold.as_nanos()).unwrap_or(u64::MAX), Relaxed);
@@ -556,5 +599,96 @@ impl Body for Bounded {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: &str = "192.0.2.7:4711";
+
+    /// A request of this version; its target in absolute form stands for what HTTP/2 says of scheme and authority.
+    fn request(version: Version, method: &str, target: &str, headers: &[(&str, &str)]) -> Request<()> {
+        let mut request = Request::builder().version(version).method(method).uri(target);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(()).unwrap()
+    }
+
+    fn read(request: Request<()>, secure: bool) -> Result<(Request<()>, String), u16> {
+        normalised(request, PEER.parse().unwrap(), secure).map_err(|own| own.status.as_u16())
+    }
+
+    #[test]
+    fn a_request_has_one_form_in_all_versions() {
+        let (one, two) = (Version::HTTP_11, Version::HTTP_2);
+        let a = ("host", "a.example");
+        for (version, target, headers, wanted) in [
+            (one, "/x?y", &[a][..], "http://a.example/x?y"),
+            (one, "/", &[("host", "A.Example:8080")], "http://A.Example:8080/"),
+            (one, "http://b.example/x", &[a], "http://b.example/x"),
+            (one, "https://b.example", &[a], "http://b.example/"),
+            (Version::HTTP_10, "/x", &[], "http://localhost/x"),
+            (Version::HTTP_10, "/x", &[a], "http://a.example/x"),
+            (two, "http://a.example/x?y", &[], "http://a.example/x?y"),
+            (two, "https://a.example/x", &[], "http://a.example/x"),
+            (two, "http://a.example:8080/", &[("host", "A.EXAMPLE:8080")], "http://a.example:8080/"),
+            (two, "/x", &[a], "http://a.example/x"),
+        ] {
+            let (read, host) = read(request(version, "GET", target, headers), false).unwrap();
+            assert_eq!(read.uri().to_string(), wanted, "{version:?} {target}");
+            assert_eq!(Some(host), read.uri().host().map(str::to_ascii_lowercase));
+        }
+        let (read, _) = read(request(two, "GET", "http://a.example/x", &[]), true).unwrap();
+        assert_eq!(read.uri().to_string(), "https://a.example/x", "what the connection is, not what was said");
+    }
+
+    #[test]
+    fn what_http_does_not_allow_is_refused() {
+        let (one, two) = (Version::HTTP_11, Version::HTTP_2);
+        let a = ("host", "a.example");
+        for (version, method, target, headers, wanted) in [
+            (one, "GET", "/", &[][..], 400),
+            (one, "GET", "/", &[a, ("host", "b.example")], 400),
+            (one, "GET", "/", &[("host", "me@a.example")], 400),
+            (one, "GET", "/", &[("host", "a b")], 400),
+            (one, "GET", "http://me@a.example/", &[a], 400),
+            (one, "CONNECT", "a.example:80", &[a], 501),
+            (one, "GET", "/", &[a, ("upgrade", "websocket")], 501),
+            (one, "GET", "/", &[a, ("upgrade", "h2c")], 501),
+            (two, "GET", "/", &[], 400),
+            (two, "GET", "http://a.example/", &[("host", "b.example")], 400),
+            (two, "GET", "http://a.example/", &[("host", "a.example:80")], 400),
+            (two, "GET", "http://a.example/", &[a, a], 400),
+            (two, "GET", "http://me@a.example/", &[], 400),
+            (two, "CONNECT", "a.example:80", &[], 501),
+        ] {
+            let read = read(request(version, method, target, headers), false);
+            assert_eq!(read.err(), Some(wanted), "{version:?} {method} {target} {headers:?}");
+        }
+    }
+
+    #[test]
+    fn where_a_request_comes_from_is_the_runtimes_to_say() {
+        let forged = [("host", "a.example"), ("forwarded", "for=10.0.0.1"), ("forwarded", "for=10.0.0.2;proto=https")];
+        let from = |peer: &str, secure| {
+            let forged = request(Version::HTTP_11, "GET", "/", &forged);
+            let (read, _) = normalised(forged, peer.parse().unwrap(), secure).ok().unwrap();
+            let all: Vec<_> = read.headers().get_all(header::FORWARDED).iter().cloned().collect();
+            assert_eq!(all.len(), 1, "{all:?}");
+            all[0].to_str().unwrap().to_owned()
+        };
+        assert_eq!(from(PEER, false), "for=192.0.2.7;proto=http");
+        assert_eq!(from("[2001:db8::7]:4711", true), "for=\"[2001:db8::7]\";proto=https");
+    }
+
+    #[test]
+    fn the_pieces_of_a_cookie_are_put_together() {
+        let pieces = [("cookie", "a=1"), ("cookie", "b=2; c=3"), ("cookie", "d=4")];
+        let (read, _) = read(request(Version::HTTP_2, "GET", "http://a.example/", &pieces), false).unwrap();
+        let all: Vec<_> = read.headers().get_all(header::COOKIE).iter().collect();
+        assert_eq!(all, ["a=1; b=2; c=3; d=4"]);
     }
 }
