@@ -1,4 +1,4 @@
-//! HTTP/2 and TLS on the way in, by `gaia run`. These need no virtual machine.
+//! HTTP/2 and TLS on the way in: by `gaia run`, which needs no virtual machine, and once on the appliance.
 
 use std::future::{Future, poll_fn};
 use std::io::{Read as _, Write as _};
@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use gaia_tests::http as plain;
 use gaia_tests::workstation::{Folder, Run};
+use gaia_tests::{ANSWER_WITHIN, Appliance, SECURE_PORT, Setup, http as plain};
 use h2::client::SendRequest;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
+use rustix::process::{Pid, Signal};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -546,6 +547,35 @@ fn tls_is_served_by_alpn_and_its_certificate_may_change() {
         };
         assert_eq!(Client::of(stream).await.get("/hello").await.unwrap().text(), "hello\n");
         assert_eq!(old.get("/hello").await.unwrap().text(), "hello\n", "a connection stays what it was");
+
+        // Who is started again has it as well: control, and the workers.
+        let pids = |name: &str| -> Vec<i32> {
+            let status = run.ask("status").unwrap();
+            let roles = status["roles"].as_array().unwrap().iter();
+            let roles = roles.filter(|role| role["name"].as_str().unwrap().starts_with(name) && role["pid"] != 0);
+            roles.map(|role| i32::try_from(role["pid"].as_i64().unwrap()).unwrap()).collect()
+        };
+        let kill = |pids: Vec<i32>| {
+            for pid in pids {
+                rustix::process::kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+            }
+        };
+        kill(pids("control"));
+        run.error.line("took over generation 1").unwrap();
+        kill(pids("worker@"));
+        let deadline = Instant::now() + WITHIN;
+        loop {
+            match secured(port, &second, "b.example", &[], BOTH).await {
+                Ok(stream) => {
+                    // It may be one that was accepted by a worker which is being killed.
+                    if get_1(stream, "/hello").await.is_ok_and(|answer| answer.contains("hello\n")) {
+                        break;
+                    }
+                }
+                Err(e) => assert!(Instant::now() < deadline, "{e}"),
+            }
+            tokio::task::yield_now().await;
+        }
     });
     assert!(run.error.all().iter().all(|line| !line.contains("BEGIN")), "no key in what is said");
     assert!(run.interrupt().unwrap().success());
@@ -635,4 +665,42 @@ fn a_connection_that_stands_still_is_ended() {
         assert_eq!(answer.text(), "waited 1000 ms\n");
     });
     assert!(run.interrupt().unwrap().success());
+}
+
+/// Would miss: settings that the appliance does not follow, a key that control cannot read there, or calls of TLS that the
+/// seal does not know.
+#[test]
+fn the_appliance_serves_http_2_and_tls_as_its_settings_say() {
+    let made = rcgen::generate_simple_self_signed(["a.example".to_owned()]).unwrap();
+    let trusted = CertificateDer::from_pem_slice(made.cert.pem().as_bytes()).unwrap();
+    let ports = format!("[ingress]\nhttps = [{SECURE_PORT}]\ncertificate = \"site.pem\"\nkey = \"site.key\"\n");
+    let settings = gaia_tests::SETTINGS.replace("[ingress]\n", &ports);
+    assert!(settings.contains(&ports), "the example's settings have no [ingress]");
+    let graph = "[brane.mirror]\nimage = \"file:./mirror.wasm\"\n";
+    let setup = Setup::default().graph(graph).settings(settings).file("site.pem", made.cert.pem());
+    let served = setup.clone().file("site.key", made.signing_key.serialize_pem());
+    let appliance = Appliance::start(&served).unwrap();
+    appliance.line("certificate site.pem: served from now on, SHA-256 ", ANSWER_WITHIN).unwrap();
+    appliance.line("gaia: serving generation 1", gaia_tests::BOOT_WITHIN).unwrap();
+    block(async {
+        let client = Client::connect(appliance.port().unwrap()).await;
+        assert!(client.get("/mirror").await.unwrap().text().starts_with("scheme http\n"));
+        for _ in 0..4 {
+            let stream =
+                secured(appliance.secure_port().unwrap(), &trusted, "a.example", &[b"h2"], BOTH).await.unwrap();
+            let told = Client::of(stream).await.get("/mirror").await.unwrap().text();
+            assert!(told.starts_with("scheme https\n") && told.contains(";proto=https\n"), "{told}");
+        }
+    });
+    let shown = appliance.power_off().unwrap();
+    assert!(!shown.contains("PRIVATE"), "{shown}");
+
+    // Without its key: it says so, and what needs none is served.
+    let appliance = Appliance::start(&setup).unwrap();
+    appliance.line("reading the key site.key: ", ANSWER_WITHIN).unwrap();
+    appliance.line("gaia: serving generation 1", gaia_tests::BOOT_WITHIN).unwrap();
+    assert_eq!(appliance.get("/mirror").unwrap().status, 200);
+    let refused = block(secured(appliance.secure_port().unwrap(), &trusted, "a.example", &[], BOTH));
+    assert!(refused.is_err(), "TLS without a key");
+    appliance.power_off().unwrap();
 }

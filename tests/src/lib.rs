@@ -18,6 +18,8 @@ use serde_json::{Value, json};
 
 /// The port that the tests' `gaia.toml` names.
 pub const PORT: u16 = 8080;
+/// A port for TLS, for a `gaia.toml` that names it.
+pub const SECURE_PORT: u16 = 8443;
 /// What a boot may take, compilation of the guests included, on a slow machine under emulation.
 pub const BOOT_WITHIN: Duration = Duration::from_mins(3);
 /// What an answer from a living appliance may take.
@@ -48,6 +50,7 @@ pub fn out(name: &str) -> PathBuf {
 pub struct Setup {
     graph: Option<String>,
     settings: String,
+    files: Vec<(String, Vec<u8>)>,
     cpus: u32,
     memory_mib: u32,
     test_image: bool,
@@ -55,7 +58,8 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { graph: Some(HELLO.into()), settings: SETTINGS.into(), cpus: 2, memory_mib: 512, test_image: true }
+        let (graph, settings, files) = (Some(HELLO.into()), SETTINGS.into(), Vec::new());
+        Self { graph, settings, files, cpus: 2, memory_mib: 512, test_image: true }
     }
 }
 
@@ -78,6 +82,13 @@ impl Setup {
     #[must_use]
     pub fn settings(mut self, settings: impl Into<String>) -> Self {
         self.settings = settings.into();
+        self
+    }
+
+    /// With this file beside the graph.
+    #[must_use]
+    pub fn file(mut self, name: &str, content: impl Into<Vec<u8>>) -> Self {
+        self.files.push((name.to_owned(), content.into()));
         self
     }
 
@@ -143,6 +154,7 @@ impl Appliance {
     pub fn start(setup: &Setup) -> Result<Self> {
         let mut files = vec![("gaia.toml".to_owned(), setup.settings.clone().into_bytes())];
         files.extend(setup.graph.iter().map(|graph| ("graph.zgraph.toml".to_owned(), graph.clone().into_bytes())));
+        files.extend(setup.files.iter().cloned());
         for entry in std::fs::read_dir(out("branes")).context("out/branes is not there: `make image` builds it")? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -162,6 +174,7 @@ impl Appliance {
             .memory_mib(setup.memory_mib)
             .cpus(setup.cpus)
             .forward(Forward::to(PORT))
+            .forward(Forward::to(SECURE_PORT))
             .debug_channel(setup.test_image);
         Ok(Self { machine: Machine::boot(&builder)?, _seed: seed, violations_meant: AtomicBool::new(false) })
     }
@@ -196,6 +209,14 @@ impl Appliance {
     /// Never, as booted here.
     pub fn port(&self) -> Result<u16> {
         Ok(self.machine.port(PORT)?)
+    }
+
+    /// The port of this machine behind which [`SECURE_PORT`] is.
+    ///
+    /// # Errors
+    /// Never, as booted here.
+    pub fn secure_port(&self) -> Result<u16> {
+        Ok(self.machine.port(SECURE_PORT)?)
     }
 
     /// One `GET` on a connection of its own.

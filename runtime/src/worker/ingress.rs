@@ -45,7 +45,8 @@ const HANDSHAKE_WHEN_DRAINING: Duration = Duration::from_secs(1);
 /// What may be buffered of a connection, and be in the list of a request's headers, in bytes; a longer head is answered 431.
 const CONNECTION_BUFFER: usize = 32 * 1024;
 const HEADER_LIST: u32 = 32 * 1024;
-/// Connections at a time: with their buffers full they take 256 MiB. More wait in the sockets' queues.
+/// Connections at a time: with their buffers full they take 256 MiB, and of bodies that wait for guests a stream's window for
+/// each request that is inside. More connections wait in the sockets' queues.
 pub(super) const CONNECTIONS: usize = 8192;
 /// How long a client may leave an answer unread.
 const UNREAD_FOR: Duration = Duration::from_secs(30);
