@@ -1,5 +1,5 @@
 //! Says what it learned of a request: scheme, authority, path, `forwarded` and `cookie`, a line each. One with a body gets
-//! that back instead, piece by piece as it comes, and its trailers behind it.
+//! that back instead, piece by piece as it comes, and its trailers behind it. Answers with `?status=` (default 200).
 
 use wasip2::exports::http::incoming_handler::Guest;
 use wasip2::http::types::{
@@ -31,7 +31,8 @@ impl Guest for Mirror {
             field("forwarded"),
             field("cookie"),
         );
-        gaia_branes::answer(out, 200, &text);
+        let status = gaia_branes::query_number(&request, "status", 200);
+        gaia_branes::answer(out, status.ok().and_then(|status| status.try_into().ok()).unwrap_or(400), &text);
     }
 }
 

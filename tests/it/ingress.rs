@@ -320,6 +320,17 @@ fn what_a_head_says_is_checked_and_bounded() {
         assert_eq!(ask(with("x", &"x".repeat(20_000))).await.unwrap().status, 200);
         assert_eq!(ask(with("x", &"x".repeat(40_000))).await.unwrap().status, 431);
         assert_eq!(client.get("/hello").await.unwrap().text(), "hello\n", "the connection goes on");
+        // A guest that writes a body where there must be none: it is not sent, and the connection is none the worse.
+        let mut head = get("/hello");
+        *head.method_mut() = Method::HEAD;
+        let (answer, _) = client.ask(head, true).await;
+        let answer = timeout(WITHIN, answer).await.unwrap().unwrap();
+        assert_eq!((answer.status().as_u16(), answer.headers()["content-length"].to_str().unwrap()), (200, "6"));
+        assert!(whole(answer).await.unwrap().body.is_empty());
+        for status in [204, 304] {
+            let answer = client.get(&format!("/mirror?status={status}")).await.unwrap();
+            assert_eq!((answer.status.as_u16(), answer.body.len()), (status, 0));
+        }
         // Far beyond, nobody reads on to be polite.
         let flood = Client::connect(run.port).await;
         let (answer, _) = flood.ask(with("x", &"x".repeat(1_000_000)), true).await;

@@ -23,6 +23,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use http::{Method, StatusCode, header};
+use http_body_util::{Either, Full};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -204,7 +206,9 @@ async fn http2(connection: Rc<serve::Connection>, stream: Stream, phase: &mut wa
     let service = service_fn(move |request| {
         let stream = Rc::new(of.stream((Instant::now() + UNREAD_FOR).into_std()));
         load.next.replace(Some(Rc::clone(&stream)));
-        serve::serve(stream, request)
+        let is_head = request.method() == Method::HEAD;
+        let served = serve::serve(stream, request);
+        async move { served.await.map(|answer| without_forbidden_body(answer, is_head)) }
     });
     let http = http2::Builder::new(streams.clone())
         .timer(TokioTimer::new())
@@ -247,6 +251,18 @@ async fn http2(connection: Rc<serve::Connection>, stream: Stream, phase: &mut wa
         _ = turns.before_others(http) => {}
         () = streams.0.none_for(UNREAD_FOR) => {}
     }
+}
+
+/// The answer, without a body where there must be none. In HTTP/1.1 hyper sees to that, in HTTP/2 it does not.
+fn without_forbidden_body(mut answer: serve::Answer, is_head: bool) -> serve::Answer {
+    let status = answer.status();
+    if status == StatusCode::NO_CONTENT {
+        answer.headers_mut().remove(header::CONTENT_LENGTH);
+    }
+    if is_head || [StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED].contains(&status) {
+        return answer.map(|_| Either::Left(Full::default()));
+    }
+    answer
 }
 
 /// What an HTTP/2 connection has open.
