@@ -115,9 +115,11 @@ it: named ready image test-image ## run one test that boots the appliance: T=nam
 fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser: T=manifest, allow, settings, wire, files, sites, answers; SECONDS=600
 	@for target in $(FUZZ_RUNS); do tests/fuzz/run.sh $$target $(or $(SECONDS),600) $(CACHE)/fuzz/$$target; done
 
+# Only what is named on the command line, so that the program's own defaults hold.
 .PHONY: bench
-bench: setup image test-image ## measure: the tests named bench_, which `make test` leaves out
-	@cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture --ignored bench_
+bench: setup out/bin/gaia out/bin/gaia-bench $(BRANES) ## measure beside others, into bench/: QUICK=1, or ROUNDS=5 DURATION=3 CONCURRENCY=1,16,64
+	@out/bin/gaia-bench run --cache $(CACHE)/tools-bench $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+		$(if $(DURATION),--duration $(DURATION)) $(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(BENCH)
 
 .PHONY: soak
 soak: ready image test-image ## the tests that boot the appliance, in their long versions
@@ -206,6 +208,10 @@ out/bin/gaia-init-debug: always
 # As one call, so that their dependencies get the same features here as in the tests.
 $(TOOLS:%=out/bin/%) &: always
 	@$(call take,-p gaia-runtime -p gaia-image -p gaia-qemu -p gaia-tests --bins,$(foreach tool,$(TOOLS),$(BUILT)/$(tool) out/bin/$(tool)))
+
+# By itself, so that what it needs switches on nothing in the runtime that it measures.
+out/bin/gaia-bench: always
+	@$(call take,-p gaia-bench,$(BUILT)/gaia-bench $@)
 
 $(BRANES) &: always
 	@$(call take,-p gaia-branes --examples --target wasm32-wasip2,$(foreach guest,$(GUESTS),$(GUESTS_BUILT)/$(guest).wasm out/branes/$(subst _,-,$(guest)).wasm))

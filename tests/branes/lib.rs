@@ -4,7 +4,10 @@
 //! unless it says otherwise, and imports nothing that its purpose does not need.
 
 use wasip2::http::types::{Fields, IncomingRequest, OutgoingBody, OutgoingResponse, ResponseOutparam};
+use wasip2::io::streams::StreamError;
 
+/// How much is asked of a stream at a time, in bytes.
+const READ: u64 = 64 * 1024;
 /// `wasi:io/streams` takes at most this many bytes in one `blocking-write-and-flush`.
 const WRITE_MAX: usize = 4096;
 
@@ -51,6 +54,30 @@ fn percent_decoded(text: &str) -> String {
         at += if code.is_some() { 3 } else { 1 };
     }
     String::from_utf8_lossy(&decoded).into_owned()
+}
+
+/// The whole body of `request`.
+///
+/// # Errors
+///
+/// A sentence for the client, where it is longer than `most` bytes or breaks off.
+pub fn body(request: &IncomingRequest, most: usize) -> Result<Vec<u8>, String> {
+    const TWICE: &str = "the host gave the body twice\n";
+    let body = request.consume().map_err(|()| TWICE)?;
+    let stream = body.stream().map_err(|()| TWICE)?;
+    let mut bytes = Vec::new();
+    loop {
+        match stream.blocking_read(READ) {
+            Ok(piece) => bytes.extend_from_slice(&piece),
+            Err(StreamError::Closed) => return Ok(bytes),
+            Err(StreamError::LastOperationFailed(_)) => {
+                return Err(format!("the body broke off after {} bytes\n", bytes.len()));
+            }
+        }
+        if bytes.len() > most {
+            return Err(format!("the body is longer than {most} bytes\n"));
+        }
+    }
 }
 
 /// Answers with `status` and a plain text.
