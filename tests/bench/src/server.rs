@@ -74,9 +74,19 @@ pub struct Server {
     folder: TempDir,
 }
 
-/// Flags of the tuned `wasmtime serve`. Pooled slots are reset by copying what is resident and dropping the rest, as on Gaia, but
-/// only pages that were written (`pagemap-scan`).
-fn tuned() -> Vec<String> {
+/// What engines of JavaScript and Python import besides: all of it granted, as little as it can be.
+const FOR_ENGINES: &str = r#"clock = { resolution = "ns" }
+random = {}
+env = {}
+"fs.tmp" = { quota = "1 MiB" }
+"net.http" = { allowlist = ["localhost"] }
+"net.dns" = { allowlist = ["localhost"] }
+"net.tcp" = { allowlist = ["localhost:9"] }
+"net.udp" = { allowlist = ["localhost:9"] }"#;
+
+/// Flags of the tuned `wasmtime serve`: pooled slots, of which only the pages are reset that were written. Without
+/// concurrency support it would be faster still, but this command needs that for its own interfaces of WASI 0.3.
+fn tuned() -> [String; 2] {
     let pool = format!(
         "pooling-allocator=y,pooling-pagemap-scan=y,pooling-memory-keep-resident=2097152,\
          pooling-table-keep-resident=524288,pooling-total-core-instances={0},pooling-total-component-instances={1},\
@@ -85,7 +95,7 @@ fn tuned() -> Vec<String> {
         INSTANCES * 16,
         INSTANCES * 4
     );
-    vec!["-O".into(), pool, "-W".into(), "concurrency-support=n".into()]
+    ["-O".into(), pool]
 }
 
 /// A graph of one brane.
@@ -156,13 +166,12 @@ impl Kind {
             }
             Self::GaiaEphemeral | Self::GaiaPooled | Self::GaiaPinned | Self::GaiaOneCore => {
                 let script = matches!(workload, Workload::JavaScript | Workload::Python);
-                let grants = "clock = { resolution = \"ns\" }\nrandom = {}\n\"fs.tmp\" = { quota = \"1 MiB\" }";
                 let graph = Graph {
                     name: workload.name().into(),
                     lifecycle: self.lifecycle().unwrap_or_default(),
                     replicas: INSTANCES,
                     mem_max: if script { "256 MiB" } else { "64 MiB" },
-                    grants: if script { grants } else { "" },
+                    grants: if script { FOR_ENGINES } else { "" },
                 };
                 let component = place.component(workload)?;
                 let mut server = gaia(&graph, &component, place, self == Self::GaiaOneCore)?;
@@ -383,9 +392,12 @@ impl Drop for Server {
 /// If it does not.
 pub fn ask(gaia: &Path, api: &Path, command: &[&str]) -> Result<Vec<Value>> {
     let output = Command::new(gaia).arg("--api").arg(api).arg("--json").args(command).output()?;
-    ensure!(output.status.success(), "gaia {}: {}", command.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     let values = serde_json::Deserializer::from_slice(&output.stdout).into_iter();
-    values.collect::<Result<_, _>>().context("what gaia answered is no JSON")
+    let values: Vec<Value> = values.collect::<Result<_, _>>().context("what gaia answered is no JSON")?;
+    // A long log may break off: what came of it counts.
+    let said = || in_one_line(&String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success() || !values.is_empty(), "gaia {}: {}", command.join(" "), said());
+    Ok(values)
 }
 
 /// `GET /v1/status` of Gaia's control.
@@ -400,10 +412,37 @@ fn status(api: &Path) -> Result<Value> {
     Ok(serde_json::from_slice(&answer.body)?)
 }
 
-/// The end of what a program said, as one line for a table.
+/// What a program said, as one line for a table: from its first error on, or its end.
 #[must_use]
 pub fn in_one_line(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let last = lines[lines.len().saturating_sub(6)..].join(" / ");
-    last.chars().filter(|c| !c.is_control()).take(400).collect()
+    let clean = |line: &str| line.trim_matches(|c: char| c.is_whitespace() || c == '|' || c == '^').to_owned();
+    let lines: Vec<String> = text.lines().map(clean).filter(|line| !line.is_empty()).collect();
+    let error = lines.iter().position(|line| line.to_ascii_lowercase().starts_with("error"));
+    let from = error.unwrap_or(lines.len().saturating_sub(3));
+    let shown = lines.get(from..lines.len().min(from + 3)).unwrap_or_default().join(" / ");
+    shown.chars().filter(|c| !c.is_control()).take(300).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_what_a_program_said_the_first_error_is_told() {
+        let said = "Compiling\nError: failed to link\n\nCaused by:\n    concurrency\nstack\nbacktrace\n";
+        assert_eq!(in_one_line(said), "Error: failed to link / Caused by: / concurrency");
+        assert_eq!(in_one_line("a\nb\nc\nd\n"), "b / c / d");
+        assert_eq!(in_one_line(""), "");
+    }
+
+    #[test]
+    fn a_manifest_has_what_the_graph_says() {
+        let graph = Graph { name: "x".into(), lifecycle: "pinned", replicas: 7, mem_max: "1 MiB", grants: "random = {}" };
+        let manifest: toml::Table = graph.manifest().parse().unwrap();
+        let brane = &manifest["brane"]["x"];
+        assert_eq!(brane["replicas"].as_integer(), Some(7));
+        assert_eq!(brane["execution"]["lifecycle"].as_str(), Some("pinned"));
+        assert_eq!(brane["limits"]["mem_max"].as_str(), Some("1 MiB"));
+        assert!(brane["capability"]["random"].is_table());
+    }
 }
