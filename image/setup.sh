@@ -31,7 +31,7 @@ readonly PACKAGES_RUN=(
 readonly PACKAGES_CHECK=(
     g++  # libFuzzer, which drives the fuzz targets
     curl # the request a person makes
-    wrk  # the load that `make bench` makes
+    wrk  # what `make bench` holds its own load against
 )
 readonly TARGETS=(x86_64-unknown-linux-musl wasm32-wasip2)
 readonly COMPONENTS=(rustfmt clippy)

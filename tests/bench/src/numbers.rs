@@ -20,6 +20,12 @@ impl Sorted {
         self.0.get(at).map(|nanos| *nanos as f64 / 1000.0)
     }
 
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -156,7 +156,7 @@ pub fn svg(title: &str, x: Axis, y: Axis, all: &[Series]) -> String {
             );
         }
     } else {
-        let _ = writeln!(out, "<text x=\"{LEFT}\" y=\"{}\">nothing was measured</text>", (TOP + BOTTOM) / 2.0);
+        let _ = writeln!(out, "<text x=\"{LEFT}\" y=\"{}\">nothing was measured</text>", f64::midpoint(TOP, BOTTOM));
     }
     let (middle, below) = (f64::midpoint(LEFT, RIGHT), BOTTOM + 40.0);
     let _ = writeln!(out, "<text x=\"{middle}\" y=\"{below}\" text-anchor=\"middle\">{}</text>", escaped(x.label));

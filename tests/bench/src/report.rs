@@ -217,7 +217,7 @@ impl Report {
             machine.load_before,
             machine.load_after
         );
-        let two = |value: Option<f64>| value.map_or("".into(), |v| format!("{v:.2}"));
+        let two = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v:.2}"));
         for row in &self.rows {
             let mut notes = String::new();
             if row.wrong > 0 {
@@ -270,7 +270,7 @@ impl Report {
                  CPU µs each | seconds to make | |\n|---|---|---|---|---|---|---|---|---|\n",
             );
         }
-        let one = |value: Option<f64>| value.map_or("".into(), |v| format!("{v:.1}"));
+        let one = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v:.1}"));
         for row in &self.instances {
             let _ = writeln!(
                 out,

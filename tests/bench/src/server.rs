@@ -19,7 +19,7 @@ use crate::tools::Tools;
 use crate::workload::Workload;
 
 /// How long a server has to get ready.
-const READY_WITHIN: Duration = Duration::from_secs(60);
+const READY_WITHIN: Duration = Duration::from_mins(1);
 /// What instances of a brane there may be at a time, and how many `wasmtime serve` may have in its pool.
 const INSTANCES: u32 = 128;
 
@@ -257,7 +257,9 @@ fn free() -> Result<SocketAddr> {
 
 fn set(cores: &[usize]) -> CpuSet {
     let mut set = CpuSet::new();
-    cores.iter().for_each(|core| set.set(*core));
+    for core in cores {
+        set.set(*core);
+    }
     set
 }
 
@@ -437,7 +439,8 @@ mod tests {
 
     #[test]
     fn a_manifest_has_what_the_graph_says() {
-        let graph = Graph { name: "x".into(), lifecycle: "pinned", replicas: 7, mem_max: "1 MiB", grants: "random = {}" };
+        let graph =
+            Graph { name: "x".into(), lifecycle: "pinned", replicas: 7, mem_max: "1 MiB", grants: "random = {}" };
         let manifest: toml::Table = graph.manifest().parse().unwrap();
         let brane = &manifest["brane"]["x"];
         assert_eq!(brane["replicas"].as_integer(), Some(7));

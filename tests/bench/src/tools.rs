@@ -28,6 +28,7 @@ pub struct Tools {
 
 /// What is wanted of it.
 #[derive(Debug, Clone, Copy)]
+#[expect(clippy::struct_excessive_bools, reason = "each is there or not, whatever the others are")]
 pub struct Wanted {
     /// `wasmtime serve`.
     pub wasmtime: bool,
