@@ -103,8 +103,16 @@ fn measure(row: &mut Row, place: &Place) -> Result<()> {
         std::thread::sleep(Duration::from_millis(50));
     }
     let took = grown - begun;
-    // Its counters say "busy" before the guest has run.
-    std::thread::sleep(Duration::from_millis(500));
+    // Its counters say "busy" before the guest has run: all have when the worker is idle.
+    let mut last = server.cpu()?;
+    for _ in 0..50 {
+        std::thread::sleep(Duration::from_millis(200));
+        let now = server.cpu()?;
+        if now.saturating_sub(last) < Duration::from_millis(20) {
+            break;
+        }
+        last = now;
+    }
     let (after, cpu) = (server.memory()?, server.cpu()?.saturating_sub(cpu));
     if row.live == u64::from(row.instances) {
         let number = f64::from(row.instances);

@@ -50,6 +50,8 @@ pub struct Load {
 pub struct Outcome {
     /// Right answers while it counted.
     pub answers: u64,
+    /// All answers, those before and after it counted and wrong ones included.
+    pub all: u64,
     /// Answers that were wrong: another status than 200, or another body.
     pub wrong: u64,
     /// How long it counted, in seconds.
@@ -292,6 +294,7 @@ impl Connections {
             let some = self.wait(within, |at, since, right| {
                 let now = Instant::now();
                 free.push(at);
+                outcome.all += 1;
                 if now >= counts && now < ends {
                     if right {
                         outcome.answers += 1;
@@ -311,7 +314,10 @@ impl Connections {
         let until = Instant::now() + SILENT;
         while free.len() < self.all.len() {
             ensure!(Instant::now() < until, "{} answers never came", self.all.len() - free.len());
-            self.wait(Duration::from_millis(100), |at, _, _| free.push(at))?;
+            self.wait(Duration::from_millis(100), |at, _, _| {
+                free.push(at);
+                outcome.all += 1;
+            })?;
         }
         Ok(outcome)
     }

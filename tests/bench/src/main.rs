@@ -183,6 +183,7 @@ fn measure(workload: Workload, options: &Options, place: &Place, samples: &mut V
                 eprint!("\r\x1b[K{} round {} {} ×{connections}", workload.name(), round + 1, kind.name());
                 let measured = Duration::from_secs_f64(options.duration);
                 let load = Load { connections: *connections, warm: measured / 6, measured, rate: None };
+                let before = server.cpu();
                 let ran = Connections::open(&workload.request(server.to), *connections).and_then(|mut c| c.run(load));
                 let outcome = match ran {
                     Ok(outcome) => outcome,
@@ -192,6 +193,7 @@ fn measure(workload: Workload, options: &Options, place: &Place, samples: &mut V
                         continue;
                     }
                 };
+                let cpu = before.and_then(|before| Ok(server.cpu()?.saturating_sub(before)));
                 samples.push(Sample {
                     server: kind.name(),
                     workload: workload.name().into(),
@@ -199,6 +201,7 @@ fn measure(workload: Workload, options: &Options, place: &Place, samples: &mut V
                     rate: outcome.answers as f64 / outcome.seconds,
                     latencies: Sorted::new(outcome.latencies),
                     wrong: outcome.wrong,
+                    server_cpu_us: cpu.ok().map(|cpu| cpu.as_secs_f64() * 1e6 / outcome.all.max(1) as f64),
                     client_cpu: outcome.own_cpu,
                 });
             }

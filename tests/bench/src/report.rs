@@ -32,6 +32,9 @@ pub struct Row {
     pub ratio_to_wasmtime_serve: Option<f64>,
     /// Answers that were wrong, in all rounds: then the row means nothing.
     pub wrong: u64,
+    /// Processor time of the serving process for each request, in microseconds: the median of the rounds. Who else uses the
+    /// core changes it less than requests/s.
+    pub server_cpu_us: Option<f64>,
     /// The part of its core that the load took; near 1, it was the load that was measured.
     pub client_cpu: f64,
     /// The requests/s of each round.
@@ -127,6 +130,8 @@ pub struct Sample {
     pub latencies: Sorted,
     /// Wrong answers.
     pub wrong: u64,
+    /// As in [`Row`], of this round.
+    pub server_cpu_us: Option<f64>,
     /// As in [`Row`].
     pub client_cpu: f64,
 }
@@ -158,6 +163,7 @@ pub fn rows(samples: &[Sample]) -> Vec<Row> {
             ratio_to_hyper: to("hyper"),
             ratio_to_wasmtime_serve: to("wasmtime"),
             wrong: group.iter().map(|s| s.wrong).sum(),
+            server_cpu_us: median(group.iter().filter_map(|s| s.server_cpu_us)),
             client_cpu: median(group.iter().map(|s| s.client_cpu)).unwrap_or(0.0),
             rounds: own,
             server,
@@ -207,8 +213,8 @@ impl Report {
         let mut out = format!(
             "# Measured\n\n{}, {} cores, {}; server on core {}, load on core {}; load average {} before and {} after. \
              Ratios are the result, absolute figures are this machine's. docs/performance.md says what each means.\n\n\
-             | workload | server | connections | requests/s | p50 µs | p99 µs | of hyper | of `wasmtime serve` |\n\
-             |---|---|---|---|---|---|---|---|\n",
+             | workload | server | connections | requests/s | p50 µs | p99 µs | CPU µs | of hyper | of `wasmtime serve` |\n\
+             |---|---|---|---|---|---|---|---|---|\n",
             machine.processor,
             machine.cores,
             machine.kernel,
@@ -228,13 +234,14 @@ impl Report {
             }
             let _ = writeln!(
                 out,
-                "| {} | {} | {} | {:.0}{notes} | {:.0} | {:.0} | {} | {} |",
+                "| {} | {} | {} | {:.0}{notes} | {:.0} | {:.0} | {} | {} | {} |",
                 row.workload,
                 row.server,
                 row.concurrency,
                 row.requests_per_s,
                 row.p50_us,
                 row.p99_us,
+                row.server_cpu_us.map_or(String::new(), |us| format!("{us:.1}")),
                 two(row.ratio_to_hyper),
                 two(row.ratio_to_wasmtime_serve)
             );
@@ -384,6 +391,7 @@ mod tests {
             rate,
             latencies: Sorted::new((1..=1000).map(|n| n * 1000).collect()),
             wrong: 0,
+            server_cpu_us: Some(20.0),
             client_cpu: 0.5,
         }
     }
@@ -467,7 +475,7 @@ mod tests {
     #[test]
     fn the_tables_say_what_was_not_measured_and_why() {
         let text = report().markdown();
-        assert!(text.contains("| hello | gaia-pooled | 16 | 32 | 500 | 990 | 0.45 | 4.50 |"), "{text}");
+        assert!(text.contains("| hello | gaia-pooled | 16 | 32 | 500 | 990 | 20.0 | 0.45 | 4.50 |"), "{text}");
         assert!(text.contains("- node with python: Node runs no Python") && text.contains("not measured: because"));
         for table in text.split("\n\n").filter(|part| part.starts_with('|')) {
             let columns: Vec<usize> = table.lines().map(|line| line.matches('|').count()).collect();

@@ -352,13 +352,16 @@ impl Server {
         Ok(())
     }
 
-    /// Processor time that the serving process's first thread has had.
+    /// Processor time that the serving process has had, in all its threads.
     ///
     /// # Errors
     /// If it is gone.
     pub fn cpu(&self) -> Result<Duration> {
-        let text = std::fs::read_to_string(format!("/proc/{}/schedstat", self.worker.as_raw_pid()))?;
-        Ok(Duration::from_nanos(text.split(' ').next().context("no figure")?.parse()?))
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.worker.as_raw_pid()))?;
+        // One that has ended meanwhile is not counted.
+        let texts = threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok());
+        let nanos = texts.filter_map(|text| text.split(' ').next()?.parse::<u64>().ok());
+        Ok(Duration::from_nanos(nanos.sum()))
     }
 
     /// Bytes of memory of the serving process: resident, and its page tables.
