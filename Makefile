@@ -118,6 +118,7 @@ fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser
 # Only what is named on the command line, so that the program's own defaults hold.
 .PHONY: bench
 bench: setup out/bin/gaia out/bin/gaia-bench $(BRANES) ## measure beside others, into bench/: QUICK=1, or ROUNDS=5 DURATION=3 CONCURRENCY=1,16,64
+	@cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture --ignored bench_
 	@out/bin/gaia-bench run --cache $(CACHE)/tools-bench $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 		$(if $(DURATION),--duration $(DURATION)) $(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(BENCH)
 

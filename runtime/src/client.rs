@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -127,10 +128,15 @@ impl Client {
                 }
                 Ok(())
             };
+            let mut exchange = pin!(exchange);
             tokio::select! {
                 biased;
-                outcome = exchange => outcome,
-                outcome = connection => Err(Error::Broken(outcome.err().map_or("it ended".into(), |e| e.to_string()))),
+                outcome = exchange.as_mut() => outcome,
+                outcome = connection => match outcome {
+                    // What it brought last is still to be read; if it is not whole, the reader sees it.
+                    Ok(()) => exchange.await,
+                    Err(e) => Err(broken(&e)),
+                },
             }
         })
     }

@@ -180,8 +180,8 @@ impl Brane {
         let ready = self.ready.borrow_mut().pop();
         let instance = if let Some(mut instance) = ready {
             self.count().ready.fetch_sub(1, Relaxed);
-            // Its tick has passed while it waited: it would be sent behind all others at its first instruction.
-            instance.store.set_epoch_deadline(1);
+            // Its ticks have passed while it waited: it would be sent behind all others at its first instruction.
+            instance.store.set_epoch_deadline(self.first_tick());
             instance
         } else {
             self.empty()
@@ -243,7 +243,7 @@ impl Brane {
         // At each tick the guest lets others run: when it goes on, `Turns::run` decides. Deadlines are the business of
         // whoever waits for it.
         let yielded = Arc::clone(&self.means.turns.yielded);
-        store.set_epoch_deadline(1);
+        store.set_epoch_deadline(self.first_tick());
         store.epoch_deadline_callback(move |_| {
             yielded.store(true, Relaxed);
             // Wakes nobody, as Wasmtime's own yield does: that would be its next turn at once.
@@ -254,6 +254,12 @@ impl Brane {
             Ok(UpdateDeadline::YieldCustom(1, Box::pin(once)))
         });
         store
+    }
+
+    /// After how many ticks an instance lets others run for the first time. The first comes at any moment, so with two it has a
+    /// whole tick at least: whoever needs less than that does not queue behind guests that spin. A quota is kept tick by tick.
+    fn first_tick(&self) -> u64 {
+        if self.replicas.is_some() { 1 } else { 2 }
     }
 
     /// The order of turns on its core.

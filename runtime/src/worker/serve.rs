@@ -210,7 +210,8 @@ async fn dispatch(
     let broken = Arc::new(AtomicBool::new(false));
     let instance = brane.take();
     let guest = Guest::begin(Rc::clone(exchange), Rc::clone(&brane), &instance, Arc::clone(&broken), Arc::clone(&over));
-    let work = tokio::task::spawn_local(run(guest, instance, permit, request, sender, deadline));
+    // In a box of its own, or its some KiB would be copied from place to place on their way into a task.
+    let work = tokio::task::spawn_local(Box::pin(run(guest, instance, permit, request, sender, deadline)));
     let mut task = Task { work, exchange: Rc::clone(exchange) };
     let late = || {
         exchange.is_late(&brane);
