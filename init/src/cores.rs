@@ -45,6 +45,13 @@ impl Cores {
         (n > 1).then(|| self.workers[(i + n - 1) % n])
     }
 
+    /// The worker core on which the keeper of this slot runs: in turn, each its own number of keepers. `None` where all share,
+    /// because there the kernel moves it to where there is time.
+    #[must_use]
+    pub fn of_keeper(&self, slot: usize) -> Option<usize> {
+        (!self.shared() && !self.workers.is_empty()).then(|| self.workers[slot % self.workers.len()])
+    }
+
     /// The core for which `core`'s worker stands in: the inverse of [`Self::stand_in`].
     #[must_use]
     pub fn stands_in_for(&self, core: usize) -> Option<usize> {
@@ -114,6 +121,13 @@ mod tests {
         assert_eq!(Cores::divide(&[0, 1]).stand_in(0), Some(1));
         assert_eq!(Cores::divide(&[0, 1, 2, 3]).stand_in(1), Some(3));
         assert_eq!(Cores::divide(&[0, 1, 2, 3]).stand_in(0), None, "housekeeping has no worker");
+    }
+
+    #[test]
+    fn keepers_are_divided_among_the_worker_cores() {
+        let cores = Cores::divide(&[0, 1, 2]);
+        assert_eq!([0, 1, 2, 3].map(|slot| cores.of_keeper(slot)), [1, 2, 1, 2].map(Some));
+        assert_eq!(Cores::divide(&[0, 1]).of_keeper(0), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The fixed table of roles: which program, as whom, where, and what becomes of it.
 //!
-//! Nothing outside this file starts a process. Control can ask for a compiler or for a generation of workers;
+//! Nothing outside this file starts a process. Control can ask for a compiler or for a generation of workers and keepers;
 //! it cannot choose a program, a user or an argument.
 
 use std::ffi::CStr;
@@ -15,6 +15,8 @@ pub enum Kind {
     Compile,
     /// Runs the branes on one core.
     Worker,
+    /// Runs one instance of a pinned brane, and outlives deploys that do not change it.
+    Keeper,
     /// The prompt on the serial port.
     Console,
     /// Shows the log on the terminal of `gaia run`; the appliance has the prompt for that.
@@ -31,6 +33,8 @@ pub enum Place {
     Housekeeping,
     /// The one core it was started for.
     OwnCore,
+    /// The workers' cores, beside the workers.
+    WorkerCores,
 }
 
 /// As whom a role runs. User and group have the same number.
@@ -40,13 +44,13 @@ pub enum User {
     Root,
     /// One user.
     One(u32),
-    /// One user for each worker's core or compiler's slot, from this on: what is hostile in one of them can neither
-    /// signal nor look into another.
+    /// One user for each worker's core, keeper's slot or compiler's slot, from this on: what is hostile in one of them can
+    /// neither signal nor look into another.
     Each(u32),
 }
 
 impl User {
-    /// Its number for a worker's core or a compiler's slot; `None` is root.
+    /// Its number for a worker's core or a keeper's or compiler's slot; `None` is root.
     #[must_use]
     pub fn id(self, number: Option<usize>) -> Option<u32> {
         match self {
@@ -71,7 +75,7 @@ pub enum Restart {
 pub struct Role {
     /// The kind.
     pub kind: Kind,
-    /// Its name in reports; a worker's is followed by `@core`, a compiler's by `@slot`.
+    /// Its name in reports; a worker's is followed by `@core`, a compiler's by `@slot`, a keeper's by `@brane.NNN`.
     pub name: &'static str,
     /// The program.
     pub program: &'static CStr,
@@ -102,13 +106,14 @@ pub const RUNTIME: &CStr = c"/bin/gaia";
 
 /// User ids; no name service is needed, so there is no `/etc/passwd`.
 ///
-/// | from | to   | who                                                                                    |
-/// |------|------|----------------------------------------------------------------------------------------|
-/// | 100  | 100  | control                                                                                |
-/// | 103  | 103  | the console                                                                            |
-/// | 104  | 104  | whoever shows the log                                                                  |
-/// | 900  | 901  | compilers: 900 and the slot, below [`MAX_COMPILERS`](crate::supervise::MAX_COMPILERS)  |
-/// | 1000 | 9191 | workers: 1000 and the core; the workers of two generations on one core are the same    |
+/// | from  | to    | who                                                                                    |
+/// |-------|-------|----------------------------------------------------------------------------------------|
+/// | 100   | 100   | control                                                                                |
+/// | 103   | 103   | the console                                                                            |
+/// | 104   | 104   | whoever shows the log                                                                  |
+/// | 900   | 901   | compilers: 900 and the slot, below [`MAX_COMPILERS`](crate::supervise::MAX_COMPILERS)  |
+/// | 1000  | 9191  | workers: 1000 and the core; the workers of two generations on one core are the same    |
+/// | 10000 | 10127 | keepers: 10000 and the slot, below [`KEEPER_SLOTS`](crate::supervise::KEEPER_SLOTS)    |
 pub mod users {
     /// Control.
     pub const CONTROL: u32 = 100;
@@ -120,6 +125,8 @@ pub mod users {
     pub const COMPILE: u32 = 900;
     /// The first of the workers.
     pub const WORKER: u32 = 1000;
+    /// The first of the keepers.
+    pub const KEEPER: u32 = 10_000;
 }
 
 /// All roles.
@@ -165,6 +172,21 @@ pub const ROLES: &[Role] = &[
         restart: Restart::Always,
         // One per connection, and what it starts with.
         max_files: 65_536,
+        max_cpu: None,
+        max_memory: None,
+        max_file: None,
+        terminal: false,
+    },
+    Role {
+        kind: Kind::Keeper,
+        name: "keeper",
+        program: RUNTIME,
+        arguments: &[c"gaia", c"role", c"keeper"],
+        user: User::Each(users::KEEPER),
+        place: Place::WorkerCores,
+        restart: Restart::Always,
+        // One per worker and generation, its brane's connections and sockets, and what it starts with.
+        max_files: 4096,
         max_cpu: None,
         max_memory: None,
         max_file: None,
@@ -223,10 +245,11 @@ impl Kind {
             Self::Control => 0,
             Self::Compile => 1,
             Self::Worker => 2,
-            Self::Console => 3,
-            Self::Log => 4,
+            Self::Keeper => 3,
+            Self::Console => 4,
+            Self::Log => 5,
             #[cfg(feature = "debug-role")]
-            Self::Debug => 5,
+            Self::Debug => 6,
         };
         &ROLES[index]
     }
@@ -235,7 +258,7 @@ impl Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::supervise::MAX_COMPILERS;
+    use crate::supervise::{KEEPER_SLOTS, MAX_COMPILERS};
 
     #[test]
     fn each_kind_finds_its_own_row() {
@@ -246,7 +269,11 @@ mod tests {
 
     #[test]
     fn no_two_roles_share_a_user() {
-        let many = |r: &Role| if r.kind == Kind::Compile { MAX_COMPILERS } else { 8192 };
+        let many = |r: &Role| match r.kind {
+            Kind::Compile => MAX_COMPILERS,
+            Kind::Keeper => KEEPER_SLOTS,
+            _ => 8192,
+        };
         let ids = |r: &Role| match r.user {
             User::Each(_) => (0..many(r)).map(|n| r.user.id(Some(n))).collect(),
             _ => vec![r.user.id(None)],

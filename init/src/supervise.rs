@@ -4,6 +4,7 @@
 //! - starting each role from the table and starting it again when it ends, with back-off,
 //! - keeping what must outlive any role: listening sockets, the far ends of the channels, a generation's files,
 //! - cutting over from one generation of workers to the next, all ready before any old one stops accepting,
+//! - keeping the keepers of pinned branes over that, and linking each of them with each worker,
 //! - lending a worker's sockets to its neighbour while the worker stays away,
 //! - killing workers and control when they no longer beat or speak nonsense, and ending everything in order.
 //!
@@ -11,16 +12,21 @@
 //! a worker:   start ─▶ Starting ── ready ─▶ Held ── all of its generation ready ─▶ Up ── drain ─▶ Draining ─▶ end
 //!                                             └── its generation serves already ─────▲
 //! ```
+//!
+//! A keeper goes the same way. It belongs to every generation that has its brane unchanged, and is drained by the first that
+//! does not; then it ends when the workers that ask it have ended.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ffi::CStr;
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus};
 
 use crate::cores::{Cores, list};
@@ -38,6 +44,10 @@ pub const MAX_FILES: usize = 1792;
 // `LISTEN_FDNAMES` is one string, and the kernel takes at most 128 KiB of one (Linux, `MAX_ARG_STRLEN`): `file-NAME` for
 // each file, `next-https-65535-v4` for the sockets of two cores, and less than 256 bytes of others, with their separators.
 const _: () = assert!(MAX_FILES * (wire::MAX_NAME + 6) + MAX_PORTS * 2 * 2 * 20 + 256 < 128 * 1024);
+/// Keepers that a generation may have.
+pub const MAX_KEEPERS: usize = 64;
+/// Keepers that there may be at a time: those of a generation, and those of others that come or go.
+pub const KEEPER_SLOTS: usize = 2 * MAX_KEEPERS;
 /// Compilers that may run at a time.
 pub const MAX_COMPILERS: usize = 2;
 /// Requests for a compiler that may wait for one; each is answered when its turn comes.
@@ -86,7 +96,7 @@ pub trait Machine {
     fn program(&self, role: &Role) -> &CStr {
         role.program
     }
-    /// How a process of this role is held; `number` is a worker's core or a compiler's slot.
+    /// How a process of this role is held; `number` is a worker's core, or a keeper's or compiler's slot.
     fn confinement(&self, role: &Role, number: Option<usize>) -> Confinement<'_>;
     /// Standard input, output and error of a role.
     fn stdio(&self, role: &Role) -> [BorrowedFd<'_>; 3];
@@ -147,16 +157,19 @@ enum Phase {
 
 struct Child {
     kind: Kind,
-    /// A worker's core, a compiler's slot.
+    /// A worker's core, a keeper's or compiler's slot.
     number: Option<usize>,
     pid: i32,
+    /// A worker's, or the one that a keeper was first started for.
     generation: u32,
+    /// Keepers: what for.
+    keeper: Option<Rc<Kept>>,
     phase: Phase,
     since: Instant,
     last_beat: Instant,
     /// The supervisor's end of its channel.
     channel: Option<OwnedFd>,
-    /// Workers: the end that control has a copy of, and the statistics.
+    /// Workers and keepers: the end that control has a copy of, and the statistics.
     shared: Option<(OwnedFd, OwnedFd)>,
     /// Workers: it accepts on its neighbour's sockets as well.
     stands_in: bool,
@@ -166,21 +179,26 @@ struct Child {
 
 impl Child {
     fn name(&self) -> String {
-        seat_name(self.kind, self.number)
+        seat_name(self.kind, self.number, self.keeper.as_deref())
     }
 }
 
-fn seat_name(kind: Kind, number: Option<usize>) -> String {
-    match number {
-        Some(number) => format!("{}@{number}", kind.role().name),
-        None => kind.role().name.to_owned(),
+fn seat_name(kind: Kind, number: Option<usize>, keeper: Option<&Kept>) -> String {
+    let role = kind.role().name;
+    match (keeper, number) {
+        (Some(keeper), _) => format!("{role}@{}.{:03}", keeper.brane, keeper.replica),
+        (None, Some(number)) => format!("{role}@{number}"),
+        (None, None) => role.to_owned(),
     }
 }
 
-/// A place that should always be filled: one for each role that is started again, and one per worker core.
+/// A place that should always be filled: one for each role that is started again, one per worker core, and one for each
+/// replica of a pinned brane.
 struct Seat {
     kind: Kind,
+    /// A worker's core, a keeper's slot.
     core: Option<usize>,
+    keeper: Option<Rc<Kept>>,
     restarts: u32,
     /// Ends in a row without settling.
     failures: u32,
@@ -188,9 +206,40 @@ struct Seat {
     away_since: Option<Instant>,
 }
 
+impl Seat {
+    fn empty(kind: Kind, core: Option<usize>, keeper: Option<Rc<Kept>>) -> Self {
+        Self { kind, core, keeper, restarts: 0, failures: 0, not_before: Instant::now(), away_since: None }
+    }
+}
+
+/// A pinned brane, as control asks for its keepers.
+struct Pinned {
+    brane: String,
+    replicas: u32,
+    identity: String,
+    plan: Rc<OwnedFd>,
+    artefact: Rc<OwnedFd>,
+}
+
+/// One replica of a pinned brane, for as long as the brane stays what it is: what a process that keeps it is started with.
+struct Kept {
+    brane: String,
+    /// From 1.
+    replica: u32,
+    identity: String,
+    slot: usize,
+    /// The generation that it was first started for.
+    generation: u32,
+    plan: Rc<OwnedFd>,
+    artefact: Rc<OwnedFd>,
+}
+
 struct Generation {
     number: u32,
     files: Vec<(String, OwnedFd)>,
+    pinned: Vec<Pinned>,
+    /// Those it has, from its start on.
+    keepers: Vec<Rc<Kept>>,
     since: Instant,
     /// What was wrong with its files first; it is not started then.
     fault: Option<String>,
@@ -198,7 +247,26 @@ struct Generation {
 
 impl Generation {
     fn new(number: u32) -> Self {
-        Self { number, files: Vec::new(), since: Instant::now(), fault: None }
+        let (files, pinned, keepers) = (Vec::new(), Vec::new(), Vec::new());
+        Self { number, files, pinned, keepers, since: Instant::now(), fault: None }
+    }
+
+    fn keep(&mut self, brane: String, replicas: u32, identity: String, files: Vec<OwnedFd>) {
+        let there: usize = self.pinned.iter().map(|pinned| pinned.replicas as usize).sum();
+        let fault = match <[OwnedFd; 2]>::try_from(files) {
+            Err(_) => format!("the keepers of {brane} came without their plan and artefact"),
+            Ok(_) if there + replicas as usize > MAX_KEEPERS => format!("it has more than {MAX_KEEPERS} keepers"),
+            Ok(_) if self.pinned.iter().any(|p| p.brane == brane) => format!("the keepers of {brane} came twice"),
+            Ok([plan, artefact]) => {
+                let (plan, artefact) = (Rc::new(plan), Rc::new(artefact));
+                return self.pinned.push(Pinned { brane, replicas, identity, plan, artefact });
+            }
+        };
+        self.fault.get_or_insert(fault);
+    }
+
+    fn has(&self, keeper: &Kept) -> bool {
+        self.keepers.iter().any(|kept| kept.slot == keeper.slot)
     }
 
     fn add(&mut self, name: String, file: Option<OwnedFd>) {
@@ -282,9 +350,9 @@ impl<M: Machine> Supervisor<M> {
         let signals =
             SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(Error::Signals)?;
         let now = Instant::now();
-        let empty = |kind, core| Seat { kind, core, restarts: 0, failures: 0, not_before: now, away_since: None };
-        let seats = standing.iter().map(|kind| empty(*kind, None));
-        let seats = seats.chain(cores.workers.iter().map(|core| empty(Kind::Worker, Some(*core)))).collect();
+        let seats = standing.iter().map(|kind| Seat::empty(*kind, None, None));
+        let workers = cores.workers.iter().map(|core| Seat::empty(Kind::Worker, Some(*core), None));
+        let seats = seats.chain(workers).collect();
         Ok(Self {
             machine,
             cores,
@@ -392,7 +460,9 @@ impl<M: Machine> Supervisor<M> {
                     lines += usize::from(matches!(message, FromControl::Say { .. }));
                     self.hear_control(message, fds);
                 }),
-                Kind::Worker => wire::receive::<FromWorker>(channel).map(|(message, _)| self.hear_worker(pid, message)),
+                Kind::Worker | Kind::Keeper => {
+                    wire::receive::<FromWorker>(channel).map(|(message, _)| self.hear_worker(pid, message))
+                }
                 _ => Err(wire::Error::Closed),
             };
             match outcome {
@@ -432,12 +502,19 @@ impl<M: Machine> Supervisor<M> {
             FromControl::PowerOff => self.end(End::PowerOff),
             FromControl::Reboot => self.end(End::Reboot),
             FromControl::File { generation, name } => {
-                let incoming = self.incoming.take_if(|g| g.number == generation);
-                let incoming = self.incoming.insert(incoming.unwrap_or_else(|| Generation::new(generation)));
-                incoming.add(name, descriptors.into_iter().next());
+                self.incoming(generation).add(name, descriptors.into_iter().next());
+            }
+            FromControl::Keepers { generation, name, replicas, identity } => {
+                self.incoming(generation).keep(name, replicas, identity, descriptors);
             }
             FromControl::Start { generation } => self.start_generation(generation),
         }
+    }
+
+    /// The generation whose files are being handed over; those of another are forgotten.
+    fn incoming(&mut self, number: u32) -> &mut Generation {
+        let incoming = self.incoming.take_if(|g| g.number == number);
+        self.incoming.insert(incoming.unwrap_or_else(|| Generation::new(number)))
     }
 
     fn introduce(&mut self) {
@@ -458,10 +535,16 @@ impl<M: Machine> Supervisor<M> {
     }
 
     fn introduce_worker(&self, child: &Child) {
-        if let (Some(core), Some((channel, statistics))) = (child.number, &child.shared) {
-            let message = ToControl::Worker { core, pid: child.pid, generation: child.generation };
-            self.tell_control(&message, &[channel.as_fd(), statistics.as_fd()]);
-        }
+        let (Some(number), Some((channel, statistics))) = (child.number, &child.shared) else { return };
+        let (pid, generation) = (child.pid, child.generation);
+        let message = match &child.keeper {
+            None => ToControl::Worker { core: number, pid, generation },
+            Some(kept) => {
+                let (name, identity) = (kept.brane.clone(), kept.identity.clone());
+                ToControl::Keeper { pid, generation, name, replica: kept.replica, identity }
+            }
+        };
+        self.tell_control(&message, &[channel.as_fd(), statistics.as_fd()]);
     }
 
     fn list_roles(&self) {
@@ -495,7 +578,8 @@ impl<M: Machine> Supervisor<M> {
         }
         for seat in self.seats.iter().filter(|s| !self.filled(s)) {
             let wait = millis(seat.not_before.saturating_duration_since(now));
-            role(seat_name(seat.kind, seat.core), 0, 0, seat.restarts, wait, "waiting", "none");
+            let name = seat_name(seat.kind, seat.core, seat.keeper.as_deref());
+            role(name, 0, 0, seat.restarts, wait, "waiting", "none");
         }
         self.tell_control(&ToControl::End, &[]);
     }
@@ -539,13 +623,47 @@ impl<M: Machine> Supervisor<M> {
             Ok(generation) => generation,
             Err(reason) => return self.tell_control(&ToControl::Failed { generation: number, reason }, &[]),
         };
+        let workers = self.cores.workers.iter().map(|core| (Kind::Worker, *core));
+        let fresh = generation.keepers.iter().filter(|kept| kept.generation == number);
+        let all: Vec<_> = workers.chain(fresh.map(|kept| (Kind::Keeper, kept.slot))).collect();
         self.next = Some(Generation { since: Instant::now(), ..generation });
-        for core in self.cores.workers.clone() {
-            if let Err(reason) = self.spawn(Kind::Worker, Some(core), number) {
+        for (kind, place) in all {
+            if let Err(reason) = self.spawn(kind, Some(place), number) {
                 self.abandon_next(&reason);
                 return;
             }
         }
+    }
+
+    /// The keepers of a generation that is to start: those that are there for the same, and a place for each of the others.
+    fn keepers_for(&self, generation: &Generation) -> Result<Vec<Rc<Kept>>, String> {
+        let there = self.current.as_ref().map_or(&[][..], |g| &g.keepers);
+        let children = self.children.iter().filter_map(|c| c.keeper.as_ref());
+        let mut taken: BTreeSet<usize> = there.iter().chain(children).map(|kept| kept.slot).collect();
+        let mut all = Vec::new();
+        for pinned in &generation.pinned {
+            for replica in 1..=pinned.replicas {
+                let same = |kept: &&Rc<Kept>| {
+                    (kept.brane == pinned.brane && kept.identity == pinned.identity) && kept.replica == replica
+                };
+                let kept = match there.iter().find(same) {
+                    Some(kept) => Rc::clone(kept),
+                    None => Rc::new(Kept {
+                        brane: pinned.brane.clone(),
+                        replica,
+                        identity: pinned.identity.clone(),
+                        slot: (0..KEEPER_SLOTS)
+                            .find(|slot| taken.insert(*slot))
+                            .ok_or_else(|| format!("{KEEPER_SLOTS} keepers are there, and some have not ended yet"))?,
+                        generation: generation.number,
+                        plan: Rc::clone(&pinned.plan),
+                        artefact: Rc::clone(&pinned.artefact),
+                    }),
+                };
+                all.push(kept);
+            }
+        }
+        Ok(all)
     }
 
     fn may_start(&mut self, number: u32) -> Result<Generation, String> {
@@ -557,11 +675,12 @@ impl<M: Machine> Supervisor<M> {
         if let Some(next) = &self.next {
             return Err(format!("generation {} is just starting", next.number));
         }
-        let generation = incoming.ok_or("none of its files have been handed over")?;
-        match generation.fault {
-            Some(fault) => Err(fault),
-            None => Ok(generation),
+        let mut generation = incoming.ok_or("none of its files have been handed over")?;
+        if let Some(fault) = generation.fault {
+            return Err(fault);
         }
+        generation.keepers = self.keepers_for(&generation)?;
+        Ok(generation)
     }
 
     /// Forgets what a control that has ended wanted: the next one cannot know of it.
@@ -577,11 +696,14 @@ impl<M: Machine> Supervisor<M> {
 
     fn hear_worker(&mut self, pid: i32, message: FromWorker) {
         let now = Instant::now();
-        self.last_beat = now;
         let serving = self.current.as_ref().map(|g| g.number);
         let demand = self.machine.demand();
-        let Some(child) = self.child_mut(pid) else { return };
+        let Some(at) = self.children.iter().position(|c| c.pid == pid) else { return };
+        let child = &mut self.children[at];
         child.last_beat = now;
+        if child.kind == Kind::Worker {
+            self.last_beat = now;
+        }
         if message == FromWorker::Ready && child.phase == Phase::Starting {
             // Not what it says of itself: what the kernel shows. Where all is demanded, nothing less serves.
             let missing = sandbox::missing_of(pid, demand).unwrap_or_else(|_| vec!["everything"]);
@@ -589,11 +711,16 @@ impl<M: Machine> Supervisor<M> {
                 return self.kill(pid, &format!("its sandbox is not closed: without {}", missing.join(", ")));
             }
             child.phase = Phase::Held;
-            if Some(child.generation) == serving {
+            let serves = match &child.keeper {
+                None => Some(child.generation) == serving,
+                Some(kept) => self.current.as_ref().is_some_and(|g| g.has(kept)),
+            };
+            if serves {
                 child.phase = Phase::Up;
-                let (name, core, took) = (child.name(), child.number, now - child.since);
-                self.tell_worker(pid, ToWorker::Accept);
-                let away = self.seat_mut(Kind::Worker, core).and_then(|s| s.away_since.take());
+                let (name, kind, place, took) = (child.name(), child.kind, child.number, now - child.since);
+                self.link_all(pid);
+                self.tell_worker(pid, &ToWorker::Accept, &[]);
+                let away = self.seat_mut(kind, place).and_then(|s| s.away_since.take());
                 let away = away.map_or(took, |since| now - since);
                 self.machine.say(&format!("{name} (pid {pid}) is back after {} ms", away.as_millis()));
             } else {
@@ -608,10 +735,11 @@ impl<M: Machine> Supervisor<M> {
         let Some(next) = &self.next else { return };
         let number = next.number;
         // One that has ended since it said so is not ready: its end, which is told by the waiter, ends the attempt.
-        let ready =
-            |c: &&Child| c.kind == Kind::Worker && c.generation == number && c.phase == Phase::Held && is_alive(c.pid);
-        let fresh: Vec<i32> = self.children.iter().filter(ready).map(|c| c.pid).collect();
-        if fresh.len() < self.cores.workers.len() {
+        let ready = |c: &&Child| c.generation == number && c.phase == Phase::Held && is_alive(c.pid);
+        let fresh = |kind| self.children.iter().filter(move |c| c.kind == kind).filter(ready).map(|c| c.pid);
+        let (workers, keepers): (Vec<i32>, Vec<i32>) = (fresh(Kind::Worker).collect(), fresh(Kind::Keeper).collect());
+        let wanted = next.keepers.iter().filter(|kept| kept.generation == number).count();
+        if workers.len() < self.cores.workers.len() || keepers.len() < wanted {
             return;
         }
         let took = next.since.elapsed();
@@ -620,21 +748,23 @@ impl<M: Machine> Supervisor<M> {
             self.drain(pid);
         }
         self.current = self.next.take();
-        for pid in fresh {
+        for pid in keepers.into_iter().chain(workers) {
             if let Some(child) = self.child_mut(pid) {
                 child.phase = Phase::Up;
                 child.since = Instant::now();
             }
-            self.tell_worker(pid, ToWorker::Accept);
+            self.link_all(pid);
+            self.tell_worker(pid, &ToWorker::Accept, &[]);
         }
         for seat in self.seats.iter_mut().filter(|s| s.kind == Kind::Worker) {
             (seat.failures, seat.away_since, seat.not_before) = (0, None, Instant::now());
         }
-        let mut line = format!(
-            "serving generation {number}: {} workers ready in {} ms",
-            self.cores.workers.len(),
-            took.as_millis()
-        );
+        let kept = self.change_keepers();
+        let mut line = format!("serving generation {number}: {} workers", self.cores.workers.len());
+        if kept > 0 {
+            let _ = write!(line, ", {kept} keepers");
+        }
+        let _ = write!(line, " ready in {} ms", took.as_millis());
         let mut ports: Vec<&str> = self.listeners.iter().filter_map(|l| l.name.split('-').nth(1)).collect();
         ports.dedup();
         let _ = write!(line, ", listening on port {}", ports.join(", "));
@@ -642,12 +772,66 @@ impl<M: Machine> Supervisor<M> {
         self.tell_control(&ToControl::Serving { generation: number }, &[]);
     }
 
+    /// Makes the keepers' seats those of the generation that now serves, and drains who has none any more. Returns how many
+    /// it has.
+    fn change_keepers(&mut self) -> usize {
+        let Some(current) = &self.current else { return 0 };
+        self.seats.retain(|s| s.keeper.as_ref().is_none_or(|kept| current.has(kept)));
+        let seated: BTreeSet<usize> = self.seats.iter().filter_map(|s| Some(s.keeper.as_ref()?.slot)).collect();
+        let new = current.keepers.iter().filter(|kept| !seated.contains(&kept.slot));
+        self.seats.extend(new.map(|kept| Seat::empty(Kind::Keeper, Some(kept.slot), Some(Rc::clone(kept)))));
+        let of_before = |c: &&Child| c.keeper.as_ref().is_some_and(|kept| !current.has(kept));
+        let leaving = self.children.iter().filter(of_before).filter(|c| c.phase != Phase::Draining);
+        let (leaving, kept): (Vec<i32>, usize) = (leaving.map(|c| c.pid).collect(), current.keepers.len());
+        for pid in leaving {
+            self.drain(pid);
+        }
+        kept
+    }
+
+    /// Links a worker that is about to accept with all keepers of its generation, or a keeper that has become ready with all
+    /// workers that know it: those that still finish what is inside may have more for it.
+    fn link_all(&mut self, pid: i32) {
+        let Some(at) = self.children.iter().position(|c| c.pid == pid) else { return };
+        let this = &self.children[at];
+        let serves = |c: &&Child| c.phase == Phase::Up;
+        let others = self.children.iter().filter(|c| match (&this.keeper, &c.keeper) {
+            (None, Some(kept)) => serves(c) && self.current.as_ref().is_some_and(|g| g.has(kept)),
+            (Some(kept), None) => {
+                let there = matches!(c.phase, Phase::Up | Phase::Draining);
+                c.kind == Kind::Worker && there && c.generation >= kept.generation
+            }
+            _ => false,
+        });
+        let mut failed = Vec::new();
+        for other in others {
+            let (worker, keeper) = if this.keeper.is_none() { (this, other) } else { (other, this) };
+            if let Err(e) = self.link(worker, keeper) {
+                failed.push(format!("{} has no way to {}: {e}", worker.name(), keeper.name()));
+            }
+        }
+        for line in failed {
+            self.machine.say(&line);
+        }
+    }
+
+    /// A stream between them, of which the supervisor keeps nothing.
+    fn link(&self, worker: &Child, keeper: &Child) -> Result<(), rustix::io::Errno> {
+        let Some(kept) = &keeper.keeper else { return Ok(()) };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (for_worker, for_keeper) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        let link = ToWorker::Link { name: kept.brane.clone(), replica: kept.replica };
+        self.tell_worker(keeper.pid, &link, &[for_keeper.as_fd()]);
+        self.tell_worker(worker.pid, &link, &[for_worker.as_fd()]);
+        Ok(())
+    }
+
     fn abandon_next(&mut self, reason: &str) {
         let Some(next) = self.next.take() else { return };
         let pids: Vec<i32> = self
             .children
             .iter()
-            .filter(|c| c.kind == Kind::Worker && c.generation == next.number)
+            .filter(|c| matches!(c.kind, Kind::Worker | Kind::Keeper) && c.generation == next.number)
             .filter(|c| matches!(c.phase, Phase::Starting | Phase::Held))
             .map(|c| c.pid)
             .collect();
@@ -671,21 +855,24 @@ impl<M: Machine> Supervisor<M> {
             child.since = Instant::now();
             child.stands_in = false;
         }
-        self.tell_worker(pid, ToWorker::Drain);
+        self.tell_worker(pid, &ToWorker::Drain, &[]);
     }
 
     // ── processes ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    /// `number` is a worker's core or a compiler's slot.
+    /// `number` is a worker's core, or a keeper's or compiler's slot.
     fn spawn(&mut self, kind: Kind, number: Option<usize>, generation: u32) -> Result<i32, String> {
         let role = kind.role();
+        let keeper = [&self.current, &self.next].into_iter().flatten().flat_map(|g| &g.keepers);
+        let keeper = keeper.filter(|_| kind == Kind::Keeper).find(|kept| Some(kept.slot) == number).map(Rc::clone);
+        let generation = keeper.as_ref().map_or(generation, |kept| kept.generation);
         let words = |step: &'static str| move |e: rustix::io::Errno| format!("{}: {step}: {e}", role.name);
         let (near, far) = wire::pair().map_err(words("socketpair"))?;
         rustix::io::ioctl_fionbio(&near, true).map_err(words("non-blocking"))?;
         // A whole generation's files are announced in one burst; the kernel caps this at net.core.wmem_max.
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(&near, 4 << 20);
         let shared = match kind {
-            Kind::Worker => {
+            Kind::Worker | Kind::Keeper => {
                 let (for_control, for_worker) = wire::pair().map_err(words("socketpair"))?;
                 Some((for_control, for_worker, statistics().map_err(words("statistics"))?))
             }
@@ -705,12 +892,23 @@ impl<M: Machine> Supervisor<M> {
                 descriptors.push(("key".into(), self.key.as_fd()));
             }
             Kind::Compile => descriptors.push(("control".into(), far.as_fd())),
-            Kind::Worker => {
+            Kind::Worker | Kind::Keeper => {
                 descriptors.push(("init".into(), far.as_fd()));
                 if let Some((_, control, statistics)) = &shared {
                     descriptors.push(("control".into(), control.as_fd()));
                     descriptors.push(("statistics".into(), statistics.as_fd()));
                 }
+            }
+            Kind::Console | Kind::Log => {}
+            #[cfg(feature = "debug-role")]
+            Kind::Debug => {}
+        }
+        match (kind, &keeper) {
+            (Kind::Keeper, Some(kept)) => {
+                descriptors.push(("file-plan".into(), kept.plan.as_fd()));
+                descriptors.push(("file-artefact".into(), kept.artefact.as_fd()));
+            }
+            (Kind::Worker, _) => {
                 let files = [&self.current, &self.next].into_iter().flatten().find(|g| g.number == generation);
                 for (name, file) in files.into_iter().flat_map(|g| &g.files) {
                     descriptors.push((format!("file-{name}"), file.as_fd()));
@@ -722,23 +920,13 @@ impl<M: Machine> Supervisor<M> {
                     }
                 }
             }
-            Kind::Console | Kind::Log => {}
-            #[cfg(feature = "debug-role")]
-            Kind::Debug => {}
+            _ => {}
         }
         descriptors.extend(self.machine.descriptors(role));
-        let mut environment = self.machine.environment(role);
-        environment.push((sandbox::VARIABLE.into(), self.machine.demand().word().into()));
-        if let (Kind::Worker, Some(core)) = (kind, number) {
-            let place = self.cores.workers.iter().position(|c| *c == core).unwrap_or(0);
-            environment.push(("GAIA_CORE".into(), core.to_string()));
-            environment.push(("GAIA_WORKER".into(), place.to_string()));
-            environment.push(("GAIA_HOUSEKEEPING".into(), list(&self.cores.housekeeping)));
-        }
         let command = Command {
             program: self.machine.program(role),
             arguments: role.arguments,
-            environment,
+            environment: self.environment(role, number, keeper.as_deref()),
             descriptors,
             stdio: self.machine.stdio(role),
             confinement: self.machine.confinement(role, number),
@@ -750,7 +938,8 @@ impl<M: Machine> Supervisor<M> {
             number,
             pid,
             generation,
-            phase: if kind == Kind::Worker { Phase::Starting } else { Phase::Up },
+            keeper,
+            phase: if matches!(kind, Kind::Worker | Kind::Keeper) { Phase::Starting } else { Phase::Up },
             since: now,
             last_beat: now,
             channel: Some(near),
@@ -762,6 +951,24 @@ impl<M: Machine> Supervisor<M> {
             self.introduce_worker(child);
         }
         Ok(pid)
+    }
+
+    fn environment(&self, role: &Role, number: Option<usize>, keeper: Option<&Kept>) -> Vec<(String, String)> {
+        let mut environment = self.machine.environment(role);
+        environment.push((sandbox::VARIABLE.into(), self.machine.demand().word().into()));
+        if let (Kind::Worker, Some(core)) = (role.kind, number) {
+            let place = self.cores.workers.iter().position(|c| *c == core).unwrap_or(0);
+            environment.push(("GAIA_CORE".into(), core.to_string()));
+            environment.push(("GAIA_WORKER".into(), place.to_string()));
+        }
+        if let Some(kept) = keeper {
+            environment.push(("GAIA_NAME".into(), format!("{}.{:03}", kept.brane, kept.replica)));
+            environment.push(("GAIA_REPLICA".into(), kept.replica.to_string()));
+        }
+        if matches!(role.kind, Kind::Worker | Kind::Keeper) {
+            environment.push(("GAIA_HOUSEKEEPING".into(), list(&self.cores.housekeeping)));
+        }
+        environment
     }
 
     /// Says who made a system call that its sandbox has not, whatever it was about: a compiler, or a worker that drains, whose end
@@ -790,11 +997,16 @@ impl<M: Machine> Supervisor<M> {
             Kind::Compile => self.start_compilers(),
             _ => {}
         }
-        if child.kind == Kind::Worker && self.next.as_ref().is_some_and(|g| g.number == child.generation) {
+        let tied = matches!(child.kind, Kind::Worker | Kind::Keeper);
+        if tied && self.next.as_ref().is_some_and(|g| g.number == child.generation) {
             self.abandon_next(&format!("{name} (pid {pid}) {cause} before it was ready"));
             return;
         }
-        if child.kind == Kind::Worker && self.current.as_ref().is_none_or(|g| g.number != child.generation) {
+        let serves = self.current.as_ref().is_some_and(|g| match &child.keeper {
+            None => g.number == child.generation,
+            Some(kept) => g.has(kept),
+        });
+        if tied && !serves {
             return;
         }
         if child.kind.role().restart == Restart::Always {
@@ -836,6 +1048,10 @@ impl<M: Machine> Supervisor<M> {
     fn filled(&self, seat: &Seat) -> bool {
         match seat.kind {
             Kind::Worker => self.current.is_none() || self.serving_workers().any(|c| c.number == seat.core),
+            Kind::Keeper => {
+                let there = |c: &Child| c.kind == Kind::Keeper && c.number == seat.core && c.phase != Phase::Draining;
+                self.children.iter().any(there)
+            }
             kind => self.children.iter().any(|c| c.kind == kind),
         }
     }
@@ -854,7 +1070,7 @@ impl<M: Machine> Supervisor<M> {
                 });
                 let wait = wait.unwrap_or_default().as_millis();
                 self.machine.say(&format!("{reason}; trying again in {wait} ms"));
-            } else if kind != Kind::Worker
+            } else if !matches!(kind, Kind::Worker | Kind::Keeper)
                 && let Some(seat) = self.seat_mut(kind, core)
             {
                 seat.away_since = None;
@@ -877,7 +1093,7 @@ impl<M: Machine> Supervisor<M> {
                 (false, true) => (ToWorker::Release, "leaves the sockets of"),
                 _ => continue,
             };
-            self.tell_worker(pid, message);
+            self.tell_worker(pid, &message, &[]);
             if let Some(child) = self.child_mut(pid) {
                 child.stands_in = message == ToWorker::Adopt;
             }
@@ -912,16 +1128,17 @@ impl<M: Machine> Supervisor<M> {
         self.ending = Some((end, Instant::now() + END_WITHIN));
         self.tickets.0.clear();
         self.machine.say(self.machine.farewell(end));
-        let pids: Vec<i32> = self.children.iter().filter(|c| c.kind == Kind::Worker).map(|c| c.pid).collect();
+        let run = |c: &&Child| matches!(c.kind, Kind::Worker | Kind::Keeper);
+        let pids: Vec<i32> = self.children.iter().filter(run).map(|c| c.pid).collect();
         for pid in pids {
             self.drain(pid);
         }
     }
 
-    /// Ends the other roles once the workers are gone and what they said last has been read.
+    /// Ends the other roles once the workers and keepers are gone and what they said last has been read.
     fn finish(&mut self, now: Instant) {
         self.machine.pet();
-        if self.children.iter().all(|c| c.kind != Kind::Worker) {
+        if self.children.iter().all(|c| !matches!(c.kind, Kind::Worker | Kind::Keeper)) {
             let since = *self.workers_gone.get_or_insert(now);
             if now - since >= LAST_WORDS {
                 // Control at last: the others speak to it.
@@ -960,9 +1177,9 @@ impl<M: Machine> Supervisor<M> {
         }
     }
 
-    fn tell_worker(&self, pid: i32, message: ToWorker) {
+    fn tell_worker(&self, pid: i32, message: &ToWorker, descriptors: &[BorrowedFd<'_>]) {
         if let Some(channel) = self.children.iter().find(|c| c.pid == pid).and_then(|c| c.channel.as_ref())
-            && let Err(wire::Error::WouldBlock | wire::Error::Kernel(_)) = wire::send(channel, &message, &[])
+            && let Err(wire::Error::WouldBlock | wire::Error::Kernel(_)) = wire::send(channel, message, descriptors)
         {
             signal(pid, Signal::KILL);
         }
@@ -993,10 +1210,12 @@ fn back_off(failures: u32) -> Duration {
 /// Why a process of this kind and phase, started so long ago and heard of last so long ago, is to be killed, if it is.
 fn overdue(kind: Kind, phase: Phase, age: Duration, silence: Duration) -> Option<&'static str> {
     match (kind, phase) {
-        (Kind::Worker, Phase::Draining) => (age > DRAINED_WITHIN).then_some("still draining"),
+        (Kind::Worker | Kind::Keeper, Phase::Draining) => (age > DRAINED_WITHIN).then_some("still draining"),
         // What it does meanwhile it does in one piece, so it does not beat.
-        (Kind::Worker, Phase::Starting | Phase::Held) => (age > READY_WITHIN).then_some("not ready in time"),
-        (Kind::Worker | Kind::Control, _) => (silence > SILENT_FOR).then_some("silent for too long"),
+        (Kind::Worker | Kind::Keeper, Phase::Starting | Phase::Held) => {
+            (age > READY_WITHIN).then_some("not ready in time")
+        }
+        (Kind::Worker | Kind::Keeper | Kind::Control, _) => (silence > SILENT_FOR).then_some("silent for too long"),
         _ => None,
     }
 }
@@ -1131,6 +1350,7 @@ mod tests {
         assert_eq!(overdue(Kind::Worker, Phase::Starting, s(59), s(59)), None, "it has a minute to get ready");
         assert!(overdue(Kind::Worker, Phase::Held, s(61), s(0)).is_some());
         assert_eq!(overdue(Kind::Worker, Phase::Up, s(1000), s(30)), None);
+        assert!(overdue(Kind::Keeper, Phase::Up, s(1000), s(31)).is_some());
         assert!(overdue(Kind::Worker, Phase::Up, s(1000), s(31)).is_some());
         assert!(overdue(Kind::Control, Phase::Up, s(1000), s(31)).is_some());
         assert_eq!(overdue(Kind::Console, Phase::Up, s(1000), s(1000)), None);
@@ -1218,6 +1438,7 @@ mod tests {
             number: None,
             pid: process.id().cast_signed(),
             generation: 0,
+            keeper: None,
             phase: Phase::Up,
             since: now,
             last_beat: now,
@@ -1289,6 +1510,86 @@ mod tests {
         assert_eq!(supervisor.machine.said[100], "control:  [2Jgone faked");
         process.kill().unwrap();
         process.wait().unwrap();
+    }
+
+    fn asked(number: u32, branes: &[(&str, u32, &str)]) -> Generation {
+        let mut generation = Generation::new(number);
+        for (brane, replicas, identity) in branes {
+            let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+            generation.keep((*brane).into(), *replicas, (*identity).into(), vec![null(), null()]);
+        }
+        generation
+    }
+
+    #[test]
+    fn a_keeper_whose_brane_is_the_same_has_its_place_in_the_next_generation() {
+        let null = std::fs::File::open("/dev/null").unwrap().into();
+        let cores = Cores { housekeeping: vec![0], workers: vec![] };
+        let mut supervisor = Supervisor::new(Recorder { said: Vec::new(), null }, cores, Vec::new(), &[]).unwrap();
+        let mut deployed = |generation: Generation| {
+            let keepers = supervisor.keepers_for(&generation).unwrap();
+            let shown: Vec<_> = keepers.iter().map(|k| (k.brane.clone(), k.replica, k.slot, k.generation)).collect();
+            supervisor.current = Some(Generation { keepers, ..generation });
+            supervisor.change_keepers();
+            assert_eq!(supervisor.seats.iter().filter(|s| s.kind == Kind::Keeper).count(), shown.len());
+            shown
+        };
+        let a = |replica, slot, generation| ("a".to_owned(), replica, slot, generation);
+        let b = |replica, slot, generation| ("b".to_owned(), replica, slot, generation);
+        assert_eq!(deployed(asked(1, &[("a", 2, "x"), ("b", 1, "y")])), [a(1, 0, 1), a(2, 1, 1), b(1, 2, 1)]);
+        assert_eq!(
+            deployed(asked(2, &[("b", 2, "y"), ("a", 2, "z")])),
+            [b(1, 2, 1), b(2, 3, 2), a(1, 4, 2), a(2, 5, 2)]
+        );
+        assert_eq!(deployed(asked(3, &[("a", 1, "z")])), [a(1, 4, 2)], "one less is the last one less");
+        assert_eq!(deployed(asked(4, &[("a", 1, "y")])), [a(1, 0, 4)], "a place that is free again");
+        assert_eq!(deployed(asked(5, &[])), []);
+    }
+
+    #[test]
+    fn keepers_are_asked_for_once_with_their_files_and_not_too_many() {
+        let most = u32::try_from(MAX_KEEPERS).unwrap();
+        assert_eq!(asked(1, &[("a", most - 1, "x"), ("b", 1, "x")]).fault, None);
+        assert_eq!(asked(1, &[("a", most, "x"), ("b", 1, "x")]).fault.unwrap(), "it has more than 64 keepers");
+        assert_eq!(asked(1, &[("a", u32::MAX, "x")]).fault.unwrap(), "it has more than 64 keepers");
+        assert_eq!(asked(1, &[("a", 1, "x"), ("a", 1, "y")]).fault.unwrap(), "the keepers of a came twice");
+        let mut bare = Generation::new(1);
+        bare.keep("a".into(), 1, "x".into(), Vec::new());
+        assert!(bare.fault.unwrap().contains("without"));
+    }
+
+    #[test]
+    fn a_worker_and_a_keeper_get_the_ends_of_one_stream() {
+        let (mut supervisor, mut worker, for_worker) = supervising(Kind::Worker);
+        let (other, mut keeper, for_keeper) = supervising(Kind::Keeper);
+        supervisor.children.extend(other.children);
+        let generation = asked(1, &[("counter", 1, "x")]);
+        let keepers = supervisor.keepers_for(&generation).unwrap();
+        supervisor.children[0].generation = 1;
+        supervisor.children[1].generation = 1;
+        supervisor.children[1].keeper = Some(Rc::clone(&keepers[0]));
+        supervisor.current = Some(Generation { keepers, ..generation });
+        for started_anew in [0, 1] {
+            supervisor.link_all(supervisor.children[started_anew].pid);
+            let mut ends = [&for_worker, &for_keeper].map(|channel| {
+                let (message, mut ends) = wire::receive::<ToWorker>(channel).unwrap();
+                assert_eq!(message, ToWorker::Link { name: "counter".into(), replica: 1 });
+                std::os::unix::net::UnixStream::from(ends.remove(0))
+            });
+            std::io::Write::write_all(&mut ends[0], b"x").unwrap();
+            let mut byte = [0];
+            std::io::Read::read_exact(&mut ends[1], &mut byte).unwrap();
+            assert_eq!(byte, *b"x");
+        }
+        // Not with one of a generation before the keeper's.
+        supervisor.children[0].generation = 0;
+        supervisor.link_all(supervisor.children[1].pid);
+        assert!(matches!(wire::receive::<ToWorker>(&for_worker), Err(wire::Error::WouldBlock)));
+        assert_eq!(supervisor.machine.said, [] as [&str; 0]);
+        for process in [&mut worker, &mut keeper] {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
     }
 
     #[test]

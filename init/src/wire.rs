@@ -41,7 +41,19 @@ pub enum FromControl {
         /// Its name.
         name: String,
     },
-    /// Starts the generation: one worker per worker core, all ready before the old ones stop accepting.
+    /// Two descriptors beside it: the plan of one pinned brane and its artefact. The generation is to have its keepers.
+    Keepers {
+        /// The generation.
+        generation: u32,
+        /// The brane's name.
+        name: String,
+        /// How many keepers, each of which holds one instance.
+        replicas: u32,
+        /// What the brane is made of, in one word: a keeper that has the same lives on.
+        identity: String,
+    },
+    /// Starts the generation: one worker per worker core and the keepers that are not there yet, all ready before the old
+    /// workers stop accepting.
     Start {
         /// Which. Its number is larger than that of any that was ever to be started: no number is used twice.
         generation: u32,
@@ -94,6 +106,19 @@ pub enum ToControl {
         /// Its generation.
         generation: u32,
     },
+    /// Two descriptors beside it: the channel to a keeper, and its statistics.
+    Keeper {
+        /// Its process.
+        pid: i32,
+        /// The generation that it was first started for.
+        generation: u32,
+        /// Its brane.
+        name: String,
+        /// Which of the brane's replicas, from 1.
+        replica: u32,
+        /// As asked.
+        identity: String,
+    },
     /// One descriptor beside it: the channel to a fresh compiler.
     Compiler {
         /// As asked.
@@ -131,7 +156,7 @@ pub enum ToControl {
     },
     /// One role's state.
     Role {
-        /// `control`, `worker@1`, …
+        /// `control`, `worker@1`, `keeper@counter.001`, …
         name: String,
         /// Its process, 0 when it is not running.
         pid: i32,
@@ -150,7 +175,7 @@ pub enum ToControl {
     End,
 }
 
-/// What a worker says to the supervisor.
+/// What a worker or keeper says to the supervisor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FromWorker {
     /// Everything is mapped, linked and pooled, and the sandbox is closed.
@@ -159,17 +184,25 @@ pub enum FromWorker {
     Beat,
 }
 
-/// What the supervisor says to a worker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the supervisor says to a worker or keeper.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ToWorker {
     /// Begin to accept on your own sockets.
     Accept,
-    /// Stop accepting, finish what is inside, exit.
+    /// Stop accepting, finish what is inside, exit. A keeper: when the workers that ask it are gone.
     Drain,
     /// Accept on the sockets of the core you stand in for as well.
     Adopt,
     /// Leave them again.
     Release,
+    /// One descriptor beside it: a stream between a worker and a keeper, one end for each. It takes the place of one that
+    /// was there before.
+    Link {
+        /// The keeper's brane.
+        name: String,
+        /// Which of the brane's replicas, from 1.
+        replica: u32,
+    },
 }
 
 /// A message that means nothing here.
@@ -242,6 +275,12 @@ impl Message for FromControl {
                 "hello" => Self::Hello,
                 "compile" => Self::Compile { ticket: w.number()? },
                 "file" => Self::File { generation: w.number()?, name: w.name()? },
+                "keepers" => Self::Keepers {
+                    generation: w.number()?,
+                    name: w.name()?,
+                    replicas: w.number()?,
+                    identity: w.name()?,
+                },
                 "start" => Self::Start { generation: w.number()? },
                 "roles" => Self::Roles,
                 "beat" => Self::Beat,
@@ -260,6 +299,9 @@ impl fmt::Display for FromControl {
             Self::Hello => f.write_str("hello"),
             Self::Compile { ticket } => write!(f, "compile {ticket}"),
             Self::File { generation, name } => write!(f, "file {generation} {name}"),
+            Self::Keepers { generation, name, replicas, identity } => {
+                write!(f, "keepers {generation} {name} {replicas} {identity}")
+            }
             Self::Start { generation } => write!(f, "start {generation}"),
             Self::Roles => f.write_str("roles"),
             Self::Beat => f.write_str("beat"),
@@ -286,6 +328,13 @@ impl Message for ToControl {
                 "generation" => Self::Generation { generation: w.number()? },
                 "file" => Self::File { generation: w.number()?, name: w.name()? },
                 "worker" => Self::Worker { core: w.number()?, pid: w.number()?, generation: w.number()? },
+                "keeper" => Self::Keeper {
+                    pid: w.number()?,
+                    generation: w.number()?,
+                    name: w.name()?,
+                    replica: w.number()?,
+                    identity: w.name()?,
+                },
                 "compiler" => Self::Compiler { ticket: w.number()?, pid: w.number()? },
                 "refused" => Self::Refused { ticket: w.number()?, reason: w.rest() },
                 "serving" => Self::Serving { generation: w.number()? },
@@ -317,6 +366,9 @@ impl fmt::Display for ToControl {
             Self::Generation { generation } => write!(f, "generation {generation}"),
             Self::File { generation, name } => write!(f, "file {generation} {name}"),
             Self::Worker { core, pid, generation } => write!(f, "worker {core} {pid} {generation}"),
+            Self::Keeper { pid, generation, name, replica, identity } => {
+                write!(f, "keeper {pid} {generation} {name} {replica} {identity}")
+            }
             Self::Compiler { ticket, pid } => write!(f, "compiler {ticket} {pid}"),
             Self::Refused { ticket, reason } => write!(f, "refused {ticket} {}", one_line(reason)),
             Self::Serving { generation } => write!(f, "serving {generation}"),
@@ -351,24 +403,28 @@ impl fmt::Display for FromWorker {
 
 impl Message for ToWorker {
     fn parse(text: &str) -> Result<Self, Unknown> {
-        match text {
-            "accept" => Ok(Self::Accept),
-            "drain" => Ok(Self::Drain),
-            "adopt" => Ok(Self::Adopt),
-            "release" => Ok(Self::Release),
-            _ => Err(Unknown::of(text)),
-        }
+        parse(text, |first, w| {
+            Some(match first {
+                "accept" => Self::Accept,
+                "drain" => Self::Drain,
+                "adopt" => Self::Adopt,
+                "release" => Self::Release,
+                "link" => Self::Link { name: w.name()?, replica: w.number()? },
+                _ => return None,
+            })
+        })
     }
 }
 
 impl fmt::Display for ToWorker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Accept => "accept",
-            Self::Drain => "drain",
-            Self::Adopt => "adopt",
-            Self::Release => "release",
-        })
+        match self {
+            Self::Accept => f.write_str("accept"),
+            Self::Drain => f.write_str("drain"),
+            Self::Adopt => f.write_str("adopt"),
+            Self::Release => f.write_str("release"),
+            Self::Link { name, replica } => write!(f, "link {name} {replica}"),
+        }
     }
 }
 
@@ -475,6 +531,7 @@ mod tests {
             C::Hello,
             C::Compile { ticket: 7 },
             C::File { generation: 2, name: "artefact-0".into() },
+            C::Keepers { generation: 2, name: "counter".into(), replicas: 3, identity: "0f".repeat(32) },
             C::Start { generation: 2 },
             C::Roles,
             C::Beat,
@@ -489,6 +546,7 @@ mod tests {
             T::Generation { generation: 1 },
             T::File { generation: 1, name: "plan".into() },
             T::Worker { core: 3, pid: 77, generation: 1 },
+            T::Keeper { pid: 7, generation: 1, name: "counter".into(), replica: 2, identity: "0f".repeat(32) },
             T::Compiler { ticket: 1, pid: 9 },
             T::Refused { ticket: 1, reason: "no more processes".into() },
             T::Serving { generation: 1 },
@@ -510,7 +568,8 @@ mod tests {
         for m in [FromWorker::Ready, FromWorker::Beat] {
             survives(&m);
         }
-        for m in [ToWorker::Accept, ToWorker::Drain, ToWorker::Adopt, ToWorker::Release] {
+        let link = ToWorker::Link { name: "counter".into(), replica: 2 };
+        for m in [ToWorker::Accept, ToWorker::Drain, ToWorker::Adopt, ToWorker::Release, link] {
             survives(&m);
         }
     }
@@ -552,8 +611,9 @@ mod tests {
         }
 
         #[test]
-        fn what_parses_prints_the_same(text in "(file|start|role|worker|failed|machine) [a-z0-9 ,@-]{0,30}") {
+        fn what_parses_prints_the_same(text in "(file|start|role|worker|keepers?|link|failed|machine) [a-z0-9 ,@-]{0,30}") {
             if let Ok(m) = FromControl::parse(&text) { prop_assert_eq!(FromControl::parse(&m.to_string()), Ok(m)); }
+            if let Ok(m) = ToWorker::parse(&text) { prop_assert_eq!(ToWorker::parse(&m.to_string()), Ok(m)); }
             if let Ok(m) = ToControl::parse(&text) { prop_assert_eq!(ToControl::parse(&m.to_string()), Ok(m)); }
         }
 

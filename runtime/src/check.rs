@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use gaia_manifest::{Brane, Capability, Diagnostic, Image, Manifest, Severity};
+use gaia_manifest::{Brane, Capability, Diagnostic, Image, Lifecycle, Manifest, Severity};
 use serde::Serialize;
 
 use crate::compile::{self, MAX_COMPONENT, Report};
@@ -135,6 +135,12 @@ impl Review {
             }
             for grant in &brane.capabilities {
                 let _ = writeln!(out, "  grants   {:<10} {}", grant.capability.key(), scope(&grant.capability));
+            }
+            if brane.lifecycle == Lifecycle::Pinned {
+                let _ = writeln!(
+                    out,
+                    "  pinned   keeps what it knows from request to request, each replica in its own process"
+                );
             }
             let (each, replicas) = (brane.limits.mem_max.value, u64::from(brane.replicas));
             let _ = writeln!(

@@ -200,11 +200,11 @@ pub fn status_text(s: &Status) -> String {
     for words in &s.words {
         let _ = writeln!(out, "deploy   {}", words.replace('\n', "\n         "));
     }
-    let _ = writeln!(out, "\n{:<12} {:>6} {:<12} {:>9} {:>8}  SANDBOX", "ROLE", "PID", "STATE", "SINCE", "RESTARTS");
+    let _ = writeln!(out, "\n{:<20} {:>6} {:<12} {:>9} {:>8}  SANDBOX", "ROLE", "PID", "STATE", "SINCE", "RESTARTS");
     for r in &s.roles {
         let since = seconds(Duration::from_millis(r.millis).as_secs_f64());
         let _ =
-            writeln!(out, "{:<12} {:>6} {:<12} {since:>9} {:>8}  {}", r.name, r.pid, r.state, r.restarts, r.sandbox);
+            writeln!(out, "{:<20} {:>6} {:<12} {since:>9} {:>8}  {}", r.name, r.pid, r.state, r.restarts, r.sandbox);
     }
     let _ = writeln!(out, "\n{:<12} {:>10} {:>10} {:>8} {:>12}", "WORKER", "ACCEPTED", "REQUESTS", "INSIDE", "OUTPUT");
     for w in &s.workers {
@@ -247,9 +247,9 @@ pub fn ps_text(ps: &Ps) -> String {
         let _ = writeln!(out, "\n{worker} did not say in time what runs in it");
     }
     if !ps.instances.is_empty() {
-        let _ = writeln!(out, "\n{:<20} {:<12} {:>8}", "INSTANCE", "WORKER", "RUNNING");
+        let _ = writeln!(out, "\n{:<20} {:<20} {:>8}", "INSTANCE", "ROLE", "RUNNING");
         for i in &ps.instances {
-            let _ = writeln!(out, "{:<20} {:<12} {:>6}ms", i.name, format!("worker@{}", i.core), i.millis);
+            let _ = writeln!(out, "{:<20} {:<20} {:>6}ms", i.name, i.role, i.millis);
         }
     }
     out

@@ -100,6 +100,8 @@ enum Role {
     Compile,
     /// Runs the branes on one core
     Worker,
+    /// Runs one instance of a pinned brane
+    Keeper,
     /// The prompt, in its sandbox
     Console,
     /// Shows the log, in its sandbox
@@ -155,6 +157,7 @@ fn main() -> ExitCode {
                 Role::Control => control::run(),
                 Role::Compile => compile::run(),
                 Role::Worker => worker::run(),
+                Role::Keeper => worker::keeper::run(),
                 Role::Console => sandboxed(&sandbox::console::SANDBOX).and_then(|()| prompt(&client)),
                 Role::Log => sandboxed(&sandbox::log::SANDBOX).and_then(|()| {
                     let follow = operate::Command::Logs { brane: None, since: None, follow: true };

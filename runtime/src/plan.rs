@@ -1,5 +1,5 @@
 //! What control tells the workers of a generation: one JSON file beside the artefacts. Written by control, read once
-//! by each worker before it is sealed.
+//! by each worker before it is sealed. A keeper has one of its own, with its brane alone.
 
 use std::time::Duration;
 
@@ -55,6 +55,9 @@ pub struct Brane {
     pub lifecycle: Lifecycle,
     /// Instances on the whole appliance.
     pub replicas: u32,
+    /// Of a pinned brane, what it is made of in one word: its requests are passed on to keepers that have the same.
+    #[serde(default)]
+    pub keeper: Option<String>,
     /// Bytes an instance's memories and tables may have together.
     pub mem_max: u64,
     /// Part of one core that an instance may have over any 100 ms, if that is bounded.
@@ -66,10 +69,22 @@ pub struct Brane {
 }
 
 impl Plan {
-    /// What its branes reach together.
+    /// The branes that run where this is read, each with its place.
+    pub fn here(&self) -> impl Iterator<Item = (usize, &Brane)> {
+        self.branes.iter().enumerate().filter(|(_, brane)| brane.keeper.is_none())
+    }
+
+    /// What they reach together.
     #[must_use]
     pub fn reach(&self) -> Reach {
-        reach(self.branes.iter().flat_map(|brane| &brane.grants))
+        reach(self.here().flat_map(|(_, brane)| &brane.grants))
+    }
+
+    /// How many processes share the memory that there is for instances: the workers, and the keepers that it has.
+    #[must_use]
+    pub fn processes(&self) -> u32 {
+        let kept = self.branes.iter().filter(|brane| brane.keeper.is_some()).map(|brane| brane.replicas);
+        kept.fold(self.workers, u32::saturating_add)
     }
 }
 

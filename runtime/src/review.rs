@@ -1,6 +1,7 @@
 //! The security review of a manifest: what its components import, held against what it grants. The same judgement, in
 //! the same words, for `gaia check` and for a deploy.
 
+use gaia_init::supervise::MAX_KEEPERS;
 use gaia_manifest::{Brane, Capability as Grant, Diagnostic, Image, Lifecycle, Manifest};
 
 use crate::capability::{self, Capability};
@@ -14,6 +15,7 @@ const HANDLER: &str = "wasi:http/incoming-handler";
 #[must_use]
 pub fn unsupported(manifest: &Manifest) -> Vec<Diagnostic> {
     let mut all = Vec::new();
+    let mut kept = 0;
     for brane in &manifest.branes {
         let name = &brane.name.value;
         if let Image::Name { .. } = brane.image.value {
@@ -22,10 +24,15 @@ pub fn unsupported(manifest: &Manifest) -> Vec<Diagnostic> {
             all.push(Diagnostic::error(brane.image.span.clone(), message, "not a file").help(help));
         }
         if brane.lifecycle == Lifecycle::Pinned {
-            let message = format!("{name}: this version cannot keep an instance between requests");
-            all.push(
-                Diagnostic::error(brane.name.span.clone(), message, "is \"pinned\"").help("leave its lifecycle away"),
-            );
+            let before = kept;
+            kept += brane.replicas as usize;
+            if before <= MAX_KEEPERS && kept > MAX_KEEPERS {
+                let message =
+                    format!("{name}: a graph can have {MAX_KEEPERS} pinned instances, each in a process of its own");
+                all.push(
+                    Diagnostic::error(brane.name.span.clone(), message, "one too many").help("fewer replicas of them"),
+                );
+            }
         }
         if brane.deterministic.is_some() {
             let message = format!("{name}: this version cannot run it deterministically");
@@ -173,6 +180,20 @@ mod tests {
         );
         let with = format!("{BARE}\n[brane.fetch.capability]\n\"net.tcp\" = {{ allowlist = [] }}\n");
         assert_eq!(judged(&with, &[("wasi:sockets/tcp@0.2.0", true)]), []);
+    }
+
+    #[test]
+    fn pinned_instances_are_bounded_and_the_first_beyond_is_named_once() {
+        let brane = |name: &str, replicas: usize| {
+            format!(
+                "[brane.{name}]\nimage = \"file:./f.wasm\"\nreplicas = {replicas}\nexecution = {{ lifecycle = \"pinned\" }}\n"
+            )
+        };
+        let said = |text: &str| unsupported(&gaia_manifest::parse(text).unwrap());
+        assert!(said(&(brane("a", MAX_KEEPERS - 1) + &brane("b", 1))).is_empty());
+        let too_many = said(&(brane("a", MAX_KEEPERS) + &brane("b", 1) + &brane("c", 1)));
+        let [error] = too_many.as_slice() else { panic!("{too_many:?}") };
+        assert!(error.message.starts_with("b: a graph can have 64 pinned instances"), "{}", error.message);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //!  ├─ control      the manifest's folder in place of the seed
 //!  ├─ compile …
 //!  ├─ worker × core
+//!  ├─ keeper × pinned
 //!  └─ log          `gaia logs --follow` on this terminal
 //! ```
 //!
@@ -110,7 +111,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     for root in options.roots.iter().chain(&options.secrets) {
         File::open(root).with_context(|| format!("{}", root.display()))?;
     }
-    let mut launcher = Launcher::new(options, folder.into(), &own, cores.workers.len())?;
+    let mut launcher = Launcher::new(options, folder.into(), &own, cores.clone())?;
     let mut missing = vec!["users of their own", "cgroups"];
     if options.without_sandbox {
         anyhow::ensure!(
@@ -203,9 +204,10 @@ struct Launcher {
     secrets: Option<String>,
     secured: Option<(String, String)>,
     null: OwnedFd,
-    /// Bytes of memory that each worker may have.
+    /// Bytes of memory that each worker may have, and each keeper.
     memory: u64,
     demand: Demand,
+    cores: Cores,
     /// What waits for standard error.
     lines: Lines,
     error: OwnedFd,
@@ -213,7 +215,7 @@ struct Launcher {
 }
 
 impl Launcher {
-    fn new(options: &Options, folder: OwnedFd, own: &Own, workers: usize) -> io::Result<Self> {
+    fn new(options: &Options, folder: OwnedFd, own: &Own, cores: Cores) -> io::Result<Self> {
         let dns = match options.dns.as_slice() {
             [] => name_servers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default()),
             said => said.to_vec(),
@@ -222,8 +224,9 @@ impl Launcher {
         let info = rustix::system::sysinfo();
         let memory = options.memory.unwrap_or(info.totalram * u64::from(info.mem_unit) / 2);
         Ok(Self {
-            memory: memory / workers.max(1) as u64,
+            memory: memory / cores.workers.len().max(1) as u64,
             demand: if options.without_sandbox { Demand::Nothing } else { Demand::Possible },
+            cores,
             dns,
             roots: options.roots.iter().map(absolute).collect::<io::Result<_>>()?,
             secrets: options.secrets.as_ref().map(absolute).transpose()?,
@@ -294,7 +297,11 @@ impl Machine for Launcher {
         limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
         limits.extend(role.max_memory.map(|bytes| (Resource::As, bytes)));
         limits.extend(role.max_file.map(|bytes| (Resource::Fsize, bytes)));
-        let core = number.filter(|_| role.place == Place::OwnCore);
+        let core = match role.place {
+            Place::OwnCore => number,
+            Place::WorkerCores => number.and_then(|slot| self.cores.of_keeper(slot)),
+            Place::Housekeeping => None,
+        };
         Confinement { user: None, core, cgroups: Vec::new(), limits }
     }
 
@@ -324,7 +331,7 @@ impl Machine for Launcher {
                 }
                 all
             }
-            Kind::Worker => vec![("GAIA_MEMORY".into(), self.memory.to_string())],
+            Kind::Worker | Kind::Keeper => vec![("GAIA_MEMORY".into(), self.memory.to_string())],
             Kind::Log => vec![("GAIA_API".into(), self.socket.clone())],
             _ => Vec::new(),
         }

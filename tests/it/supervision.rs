@@ -120,7 +120,7 @@ fn the_interface_believes_no_stranger_and_each_part_has_its_bounds() {
         }
     }
     assert_eq!(read("/proc/sys/kernel/printk_devkmsg"), "on", "no role's words make those of another be dropped");
-    for (part, pids) in [("system", "256"), ("workers", "64")] {
+    for (part, pids) in [("system", "256"), ("workers", "320")] {
         assert_eq!(read(&format!("/sys/fs/cgroup/{part}/pids.max")), pids, "{part}");
         let memory: u64 = read(&format!("/sys/fs/cgroup/{part}/memory.max")).parse().unwrap();
         assert!((128 << 20..448 << 20).contains(&memory), "{part}: {memory} of 512 MiB");

@@ -3,9 +3,10 @@
 //! ```text
 //! /                        controllers: cpuset cpu memory pids
 //! ├─ system                control, compile, console: the housekeeping cores
-//! └─ workers               all workers: what they touch is counted here, together
-//!    ├─ tick (threaded)    each worker's epoch thread: the housekeeping cores
-//!    └─ core-N (threaded)  the rest of the worker on core N, in a partition of its own where cores are not shared
+//! └─ workers               all workers and keepers: what they touch is counted here, together
+//!    ├─ tick (threaded)    each one's epoch thread: the housekeeping cores
+//!    └─ core-N (threaded)  the rest of the worker on core N, in a partition of its own where cores are not shared; and then
+//!                          that of the keepers there
 //! ```
 //!
 //! Threads of one process sit in two cpusets, so `workers` is a threaded domain, and memory is bounded for it as a whole.
@@ -13,9 +14,10 @@
 //! other, not what it is expected to need.
 
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use gaia_init::cores::{Cores, list};
+use gaia_init::supervise::KEEPER_SLOTS;
 use rustix::fs::{Mode, OFlags};
 
 use crate::report::Failure;
@@ -26,6 +28,8 @@ const ROOT: &str = "/sys/fs/cgroup";
 const SYSTEM_PIDS: usize = 256;
 /// Threads of workers for each worker core: two in each worker, and sixteen generations, of which all but one drain.
 const WORKER_PIDS: usize = 32;
+/// Threads of keepers: two in each.
+const KEEPER_PIDS: usize = 2 * KEEPER_SLOTS;
 
 /// What `system` and `workers` may take of a machine with so many bytes of memory.
 ///
@@ -52,10 +56,18 @@ pub(crate) struct Groups {
     /// Bytes in `workers/memory.max`.
     pub(crate) memory_max: u64,
     /// `workers/core-N/cgroup.threads`, by core
-    pub(crate) cores: Vec<(usize, OwnedFd)>,
+    cores: Vec<(usize, OwnedFd)>,
+    /// Which cores there are.
+    pub(crate) divided: Cores,
 }
 
 impl Groups {
+    /// What a process joins to be on this worker core; on any, if none is named.
+    pub(crate) fn of_core(&self, core: Option<usize>) -> Vec<BorrowedFd<'_>> {
+        let own = self.cores.iter().filter(|(number, _)| Some(*number) == core).map(|(_, fd)| fd.as_fd());
+        std::iter::once(self.workers.as_fd()).chain(own).collect()
+    }
+
     /// Makes the tree and says what the kernel made of it.
     pub(crate) fn make(cores: &Cores, memory: u64) -> Result<(Self, String), Failure> {
         let home = list(&cores.housekeeping);
@@ -75,7 +87,7 @@ impl Groups {
         put("system/memory.max", &system.to_string())?;
         put("system/pids.max", &SYSTEM_PIDS.to_string())?;
         put("workers/memory.max", &workers.to_string())?;
-        put("workers/pids.max", &(cores.workers.len() * WORKER_PIDS).to_string())?;
+        put("workers/pids.max", &(cores.workers.len() * WORKER_PIDS + KEEPER_PIDS).to_string())?;
         put("workers/tick/cpuset.cpus", &home)?;
         for core in &cores.workers {
             put(&format!("workers/core-{core}/cpuset.cpus"), &core.to_string())?;
@@ -106,6 +118,7 @@ impl Groups {
                 .iter()
                 .map(|core| Ok((*core, open(&format!("workers/core-{core}/cgroup.threads"), OFlags::WRONLY)?)))
                 .collect::<Result<_, Failure>>()?,
+            divided: cores.clone(),
         };
         let said =
             if partitions.is_empty() { "no partitions: every core shares".into() } else { partitions.join(", ") };

@@ -85,10 +85,10 @@ impl Machine for Appliance {
         limits.extend(role.max_file.map(|bytes| (Resource::Fsize, bytes)));
         let (core, cgroups) = match role.place {
             Place::Housekeeping => (None, vec![self.groups.system.as_fd()]),
-            Place::OwnCore => {
-                let own = self.groups.cores.iter().filter(|(core, _)| Some(*core) == number);
-                let own = own.map(|(_, fd)| fd.as_fd());
-                (number, std::iter::once(self.groups.workers.as_fd()).chain(own).collect())
+            Place::OwnCore => (number, self.groups.of_core(number)),
+            Place::WorkerCores => {
+                let core = number.and_then(|slot| self.groups.divided.of_keeper(slot));
+                (core, self.groups.of_core(core))
             }
         };
         Confinement { user: role.user.id(number), core, cgroups, limits }
@@ -109,7 +109,7 @@ impl Machine for Appliance {
                 add("api", self.api.as_ref());
                 add("seed", self.seed.as_ref());
             }
-            Kind::Worker => {
+            Kind::Worker | Kind::Keeper => {
                 add("tick", Some(&self.groups.tick));
                 add("memory", Some(&self.groups.memory));
             }
@@ -133,7 +133,7 @@ impl Machine for Appliance {
                 ("GAIA_CONSOLE".into(), self.console_mode.into()),
                 ("TERM".into(), "vt100".into()),
             ],
-            Kind::Worker => vec![("GAIA_MEMORY".into(), self.groups.memory_max.to_string())],
+            Kind::Worker | Kind::Keeper => vec![("GAIA_MEMORY".into(), self.groups.memory_max.to_string())],
             #[cfg(feature = "debug-role")]
             Kind::Debug => vec![("GAIA_API".into(), API.into())],
             _ => Vec::new(),

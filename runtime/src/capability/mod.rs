@@ -84,7 +84,7 @@ impl Network {
     /// # Errors
     /// If the plan's extra roots are none; control has read them before.
     pub fn of(plan: &Plan) -> anyhow::Result<Option<Self>> {
-        if !plan.branes.iter().flat_map(|brane| &brane.grants).any(|grant| grant.key().starts_with("net.")) {
+        if !plan.here().flat_map(|(_, brane)| &brane.grants).any(|grant| grant.key().starts_with("net.")) {
             return Ok(None);
         }
         let names = Arc::new(Names::default());

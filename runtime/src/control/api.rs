@@ -28,9 +28,9 @@ use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
-use super::Control;
 use super::log::{self, Query};
 use super::report::{self, Done, Failed, Ps, Status};
+use super::{Control, Runs};
 use crate::statistics;
 
 /// Conversations at a time.
@@ -113,8 +113,8 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
     roles.sort_by(|a, b| (a.name != "init", &a.name).cmp(&(b.name != "init", &b.name)));
     let worker = |w: &Rc<super::Worker>| {
         let counters = &w.statistics.worker;
-        report::Worker {
-            core: w.core,
+        w.runs.core().map(|core| report::Worker {
+            core,
             pid: w.pid,
             generation: w.generation,
             accepted: counters.accepted.load(Relaxed),
@@ -123,9 +123,9 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
             inside: counters.inside.load(Relaxed),
             output_bytes: counters.output.load(Relaxed),
             dropped: control.dropped(w),
-        }
+        })
     };
-    let mut workers: Vec<_> = control.workers.borrow().iter().map(worker).collect();
+    let mut workers: Vec<_> = control.workers.borrow().iter().filter_map(worker).collect();
     workers.sort_by_key(|w| (w.generation, w.core));
     let plan = control.plan.borrow().clone();
     let past = control.past.borrow().clone();
@@ -162,9 +162,16 @@ async fn ps(control: &Control) -> Ps {
     let branes = plan.iter().flat_map(|plan| plan.branes.iter().enumerate().map(move |(i, b)| (plan.generation, i, b)));
     let branes = branes.map(|(generation, index, brane)| {
         let workers = control.workers.borrow();
+        let row = |w: &Rc<super::Worker>| match &w.runs {
+            Runs::Branes { .. } => (w.generation == generation).then_some(index),
+            // In its own page it is the only one.
+            Runs::Kept { name, identity, .. } => {
+                (*name == brane.name && Some(identity) == brane.keeper.as_ref()).then_some(0)
+            }
+        };
         let sum = |of: fn(&statistics::Brane) -> &AtomicU64| -> u64 {
-            let serving = workers.iter().filter(|w| w.generation == generation);
-            serving.filter_map(|w| w.statistics.branes.get(index)).map(|row| of(row).load(Relaxed)).sum()
+            let rows = workers.iter().filter_map(|w| w.statistics.branes.get(row(w)?));
+            rows.map(|row| of(row).load(Relaxed)).sum()
         };
         let made = sum(|b| &b.instances);
         report::Brane {

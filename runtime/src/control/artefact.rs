@@ -111,6 +111,16 @@ impl Key {
         Ok(Artefact { digest: digest.to_owned(), report, file, mark })
     }
 
+    /// A word for these bytes, in hexadecimal: the same for the same, and it tells nobody else what they are. There may be
+    /// secrets among them, and a plain digest of a short one could be tried out.
+    #[must_use]
+    pub fn word(&self, bytes: &[u8]) -> String {
+        let mut context = hmac::Context::with_key(&self.0);
+        context.update(b"word");
+        context.update(bytes);
+        context.sign().as_ref().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
+    }
+
     /// What of a generation's files carries the mark of this key, and why others do not count.
     #[must_use]
     pub fn check_all(&self, files: Vec<(String, OwnedFd)>) -> (Vec<Artefact>, Vec<String>) {

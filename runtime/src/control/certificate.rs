@@ -121,7 +121,9 @@ async fn files_move(files: &Files, now: [Stamp; 2]) -> bool {
 async fn take(control: &Control, files: &Files) -> anyhow::Result<()> {
     let pair = Rc::new(files.read()?);
     *control.certificate.borrow_mut() = Some(Rc::clone(&pair));
-    let workers: Vec<Rc<Worker>> = control.workers.borrow().iter().map(Rc::clone).collect();
+    // A keeper speaks to no client.
+    let speaks = |worker: &&Rc<Worker>| worker.runs.core().is_some();
+    let workers: Vec<Rc<Worker>> = control.workers.borrow().iter().filter(speaks).map(Rc::clone).collect();
     for worker in workers {
         pair.give(&worker).await;
     }

@@ -14,12 +14,12 @@ use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use gaia_init::supervise::MAX_COMPILERS;
 use gaia_init::wire::FromControl;
-use gaia_manifest::{Brane, Capability, Diagnostic, Image, Manifest, Severity};
+use gaia_manifest::{Brane, Capability, Diagnostic, Image, Lifecycle, Manifest, Severity};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use sha2::{Digest as _, Sha256};
 
 use super::Control;
-use super::artefact::{self, Artefact};
+use super::artefact::{self, Artefact, Key};
 use super::init::Found;
 use crate::channel::{Channel, read_whole, sealed};
 use crate::compile::{MAX_COMPONENT, MAX_REPORT, Report, Word};
@@ -158,10 +158,10 @@ pub(super) async fn first(control: &Control, source: Option<&Source>, found: &Fo
         None => Err(anyhow::anyhow!(NO_GRAPH)),
     };
     let started = match planned {
-        Ok((plan, artefacts)) => {
+        Ok(planned) => {
             // Numbers are not used twice, whatever becomes of them.
             generation += 1;
-            start(control, plan, &artefacts).await
+            start(control, planned).await
         }
         Err(e) => Err(e),
     };
@@ -173,7 +173,8 @@ pub(super) async fn first(control: &Control, source: Option<&Source>, found: &Fo
         control.init.tell(&FromControl::PowerOff, &[]).await;
         return Ok(());
     }
-    start(control, Plan { generation, workers, branes: Vec::new(), roots: String::new() }, &[]).await
+    let plan = Plan { generation, workers, branes: Vec::new(), roots: String::new() };
+    start(control, Planned { plan, keepers: Vec::new(), artefacts: Vec::new() }).await
 }
 
 /// What the files were like when they were last looked at.
@@ -211,13 +212,13 @@ pub(super) async fn watch(control: &Control, source: &Source, mut seen: Seen, fo
         seen = Seen::now(source);
         let serving = control.plan.borrow().clone();
         let outcome = match planned(control, source, workers, generation).await {
-            Ok((plan, _)) if serving.is_some_and(|s| s.branes == plan.branes && s.roots == plan.roots) => {
+            Ok(Planned { plan, .. }) if serving.is_some_and(|s| s.branes == plan.branes && s.roots == plan.roots) => {
                 control.say(&format!("{}: nothing has changed", source.shown)).await;
                 continue;
             }
-            Ok((plan, artefacts)) => {
+            Ok(planned) => {
                 generation += 1;
-                start(control, plan, &artefacts).await
+                start(control, planned).await
             }
             Err(e) => Err(e),
         };
@@ -232,15 +233,28 @@ fn count(workers: usize) -> u32 {
 }
 
 /// Hands the generation's files to init and has it started.
-async fn start(control: &Control, plan: Plan, artefacts: &[Artefact]) -> anyhow::Result<()> {
+async fn start(control: &Control, planned: Planned) -> anyhow::Result<()> {
+    let Planned { plan, keepers, artefacts } = planned;
     let generation = plan.generation;
+    let ended = control.plan.borrow().as_ref().map(|serving| ended_states(serving, &plan));
+    for line in ended.into_iter().flatten() {
+        control.say(&format!("generation {generation} {line}")).await;
+    }
     let file = sealed(plan::FILE, &serde_json::to_vec(&plan)?)?;
     control.init.tell(&FromControl::File { generation, name: plan::FILE.into() }, &[file.as_fd()]).await;
-    let origins = sealed(artefact::ORIGINS, &artefact::origins(artefacts)?)?;
+    let origins = sealed(artefact::ORIGINS, &artefact::origins(&artefacts)?)?;
     control.init.tell(&FromControl::File { generation, name: artefact::ORIGINS.into() }, &[origins.as_fd()]).await;
-    for artefact in artefacts {
+    for artefact in &artefacts {
         let name = artefact.name();
         control.init.tell(&FromControl::File { generation, name }, &[artefact.file.as_fd()]).await;
+    }
+    for Keepers { replicas, identity, plan } in keepers {
+        let Some(brane) = plan.branes.first() else { continue };
+        let artefact = artefacts.iter().find(|artefact| artefact.digest == brane.digest);
+        let artefact = artefact.with_context(|| format!("{}: there is no artefact of it", brane.name))?;
+        let (name, file) = (brane.name.clone(), sealed(plan::FILE, &serde_json::to_vec(&plan)?)?);
+        let keepers = FromControl::Keepers { generation, name, replicas, identity };
+        control.init.tell(&keepers, &[file.as_fd(), artefact.file.as_fd()]).await;
     }
     let plan = Rc::new(plan);
     // Before its workers are there: they may have something to say before they are ready.
@@ -253,12 +267,67 @@ async fn start(control: &Control, plan: Plan, artefacts: &[Artefact]) -> anyhow:
     Ok(())
 }
 
-async fn planned(
-    control: &Control,
-    source: &Source,
-    workers: u32,
-    generation: u32,
-) -> anyhow::Result<(Plan, Vec<Artefact>)> {
+/// A generation that could be started.
+struct Planned {
+    plan: Plan,
+    keepers: Vec<Keepers>,
+    artefacts: Vec<Artefact>,
+}
+
+/// What the keepers of one pinned brane are told.
+struct Keepers {
+    replicas: u32,
+    identity: String,
+    plan: Plan,
+}
+
+impl Keepers {
+    /// Those of this brane. Whatever makes it what it is goes into its identity: not how its requests come to it, and not
+    /// how many there are.
+    fn of(key: &Key, brane: &plan::Brane, workers: u32, roots: &str) -> anyhow::Result<Self> {
+        let sends = brane.grants.iter().any(|grant| matches!(grant, Capability::Http(_)));
+        let alone = plan::Brane { image: String::new(), host: None, path: "/".into(), replicas: 1, ..brane.clone() };
+        let plan = Plan {
+            generation: 0,
+            workers: 0,
+            branes: vec![alone],
+            roots: if sends { roots.to_owned() } else { String::new() },
+        };
+        let identity = key.word(&serde_json::to_vec(&plan)?);
+        Ok(Self { replicas: brane.replicas, identity, plan: Plan { workers, ..plan } })
+    }
+}
+
+/// What a generation in the place of another ends: the states of pinned instances, and why.
+fn ended_states(serving: &Plan, next: &Plan) -> Vec<String> {
+    let ended = |before: &plan::Brane| {
+        let identity = before.keeper.as_ref()?;
+        let (first, why) = match next.branes.iter().find(|brane| brane.name == before.name) {
+            None => (1, "it is not there any more"),
+            Some(after) => match &after.keeper {
+                None => (1, "it is not pinned any more"),
+                Some(same) if same == identity => (after.replicas + 1, "there are fewer replicas"),
+                Some(_) if after.digest != before.digest => (1, "its image changes"),
+                Some(_) if after.grants != before.grants => (1, "its grants change"),
+                Some(_) if limits(after) != limits(before) => (1, "its limits change"),
+                Some(_) => (1, "its secrets or the roots change"),
+            },
+        };
+        let name = &before.name;
+        match (first, before.replicas) {
+            (first, last) if first > last => None,
+            (first, last) if first == last => Some(format!("ends the state of {name}.{first:03}: {why}")),
+            (first, last) => Some(format!("ends the states of {name}.{first:03} to {name}.{last:03}: {why}")),
+        }
+    };
+    serving.branes.iter().filter_map(ended).collect()
+}
+
+fn limits(brane: &plan::Brane) -> (u64, Option<f64>, Duration, u64) {
+    (brane.mem_max, brane.cpu_quota, brane.deadline, brane.body_max)
+}
+
+async fn planned(control: &Control, source: &Source, workers: u32, generation: u32) -> anyhow::Result<Planned> {
     let name = source.shown.as_str();
     let text = match source.read(&source.graph, gaia_manifest::MAX_BYTES as u64) {
         Err(e) if e.kind() == ErrorKind::NotFound && source.seed => anyhow::bail!(NO_GRAPH),
@@ -270,15 +339,18 @@ async fn planned(
     let (compiled, failed) = compile_all(control, source, &manifest).await;
     said.extend(failed);
     let secrets = source.secrets()?;
-    let mut branes = Vec::new();
+    let (mut branes, mut pinned) = (Vec::new(), Vec::new());
     for brane in &manifest.branes {
         let Some(compiled) = compiled.get(&brane.image.value.to_string()) else { continue };
         said.extend(review::of(brane, &compiled.report));
         let (found, missing) = secrets_of(brane, &secrets);
         said.extend(missing);
-        branes.extend(compiled.report.needs.map(|needs| planned_brane(brane, compiled, needs, found)));
+        let planned = compiled.report.needs.map(|needs| planned_brane(brane, compiled, needs, found));
+        pinned.extend(planned.is_some().then_some(brane.lifecycle == Lifecycle::Pinned));
+        branes.extend(planned);
     }
-    let memories: u64 = branes.iter().map(|b| u64::from(b.slots(workers)) * u64::from(b.needs.memories.max(1))).sum();
+    let here = branes.iter().zip(&pinned).filter(|(_, pinned)| !**pinned).map(|(brane, _)| brane);
+    let memories: u64 = here.map(|b| u64::from(b.slots(workers)) * u64::from(b.needs.memories.max(1))).sum();
     if memories > engine::MEMORIES_PER_WORKER {
         let most = engine::MEMORIES_PER_WORKER;
         let message = format!("{memories} instances in each worker, but the address space holds {most}");
@@ -295,9 +367,17 @@ async fn planned(
     let mut artefacts: Vec<_> = compiled.into_values().collect();
     artefacts.sort_by(|a, b| a.digest.cmp(&b.digest));
     artefacts.dedup_by(|a, b| a.digest == b.digest);
-    let sends = branes.iter().flat_map(|brane| &brane.grants).any(|grant| matches!(grant, Capability::Http(_)));
-    let roots = if sends { source.roots()? } else { String::new() };
-    Ok((Plan { generation, workers, branes, roots }, artefacts))
+    let sends = |brane: &plan::Brane| brane.grants.iter().any(|grant| matches!(grant, Capability::Http(_)));
+    let roots = if branes.iter().any(sends) { source.roots()? } else { String::new() };
+    let mut keepers = Vec::new();
+    for (brane, _) in branes.iter_mut().zip(pinned).filter(|(_, pinned)| *pinned) {
+        let of_it = Keepers::of(&control.key, brane, workers, &roots)?;
+        // Workers pass its requests on, and need nothing of what it may do.
+        brane.secrets.clear();
+        brane.keeper = Some(of_it.identity.clone());
+        keepers.push(of_it);
+    }
+    Ok(Planned { plan: Plan { generation, workers, branes, roots }, keepers, artefacts })
 }
 
 /// The values of the secrets that a brane's `env` names, and what is to be said about those without one.
@@ -337,6 +417,7 @@ fn planned_brane(
         grants: brane.capabilities.iter().map(|grant| grant.capability.clone()).collect(),
         lifecycle: brane.lifecycle,
         replicas: brane.replicas,
+        keeper: None,
         mem_max: brane.limits.mem_max.value,
         cpu_quota: brane.limits.cpu_quota.as_ref().map(|quota| quota.value),
         deadline: brane.limits.deadline,
@@ -408,4 +489,100 @@ async fn compiled(control: &Control, component: &[u8]) -> anyhow::Result<Artefac
     let artefact = control.key.vouch(&digest, report, file).context("the compiler sent an artefact that")?;
     control.compiled.borrow_mut().insert(digest, artefact.try_clone()?);
     Ok(artefact)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gaia_manifest::Resolution;
+
+    fn key() -> Key {
+        use rustix::fs::MemfdFlags;
+        Key::of(rustix::fs::memfd_create("key", MemfdFlags::ALLOW_SEALING).unwrap()).unwrap()
+    }
+
+    fn counter() -> plan::Brane {
+        plan::Brane {
+            name: "counter".into(),
+            image: "file:./counter.wasm".into(),
+            digest: "d1".into(),
+            artefact: "artefact-d1".into(),
+            needs: plan::Needs { memories: 1, initial_memory: 1 << 17, tables: 1, table_elements: 1 },
+            host: None,
+            path: "/counter".into(),
+            grants: vec![Capability::Random],
+            secrets: vec![("KEY".into(), serde_json::from_str("\"a\"").unwrap())],
+            lifecycle: Lifecycle::Pinned,
+            replicas: 2,
+            keeper: None,
+            mem_max: 1 << 20,
+            cpu_quota: None,
+            deadline: Duration::from_secs(1),
+            body_max: 1,
+        }
+    }
+
+    /// As control plans it.
+    fn planned(key: &Key, mut brane: plan::Brane, roots: &str) -> Plan {
+        brane.keeper = Some(Keepers::of(key, &brane, 2, roots).unwrap().identity);
+        brane.secrets.clear();
+        Plan { generation: 1, workers: 2, branes: vec![brane], roots: String::new() }
+    }
+
+    type Change = fn(&mut plan::Brane);
+
+    #[test]
+    fn what_a_brane_is_ends_its_state_and_how_it_is_reached_does_not() {
+        let key = key();
+        let before = planned(&key, counter(), "");
+        let ended = |change: Change| {
+            let mut brane = counter();
+            change(&mut brane);
+            ended_states(&before, &planned(&key, brane, ""))
+        };
+        let same: [Change; 5] = [
+            |_| {},
+            |b| b.path = "/other".into(),
+            |b| b.host = Some("a.example".into()),
+            |b| b.image = "file:./copy.wasm".into(),
+            |b| b.replicas = 3,
+        ];
+        for (n, change) in same.into_iter().enumerate() {
+            assert_eq!(ended(change), [] as [&str; 0], "{n}");
+        }
+        let all: [(Change, &str); 10] = [
+            (|b| b.digest = "d2".into(), "its image changes"),
+            (|b| b.grants.push(Capability::Clock(Resolution::Seconds)), "its grants change"),
+            (|b| b.grants.clear(), "its grants change"),
+            (|b| b.mem_max += 1, "its limits change"),
+            (|b| b.cpu_quota = Some(0.5), "its limits change"),
+            (|b| b.deadline *= 2, "its limits change"),
+            (|b| b.body_max += 1, "its limits change"),
+            (|b| b.secrets.clear(), "its secrets or the roots change"),
+            (|b| b.secrets[0].1 = serde_json::from_str("\"b\"").unwrap(), "its secrets or the roots change"),
+            (|b| b.name = "other".into(), "it is not there any more"),
+        ];
+        for (change, why) in all {
+            assert_eq!(ended(change), [format!("ends the states of counter.001 to counter.002: {why}")]);
+        }
+        assert_eq!(ended(|b| b.replicas = 1), ["ends the state of counter.002: there are fewer replicas"]);
+        let mut pooled = planned(&key, counter(), "");
+        pooled.branes[0].keeper = None;
+        let why = "ends the states of counter.001 to counter.002: it is not pinned any more";
+        assert_eq!(ended_states(&before, &pooled), [why]);
+        assert_eq!(ended_states(&pooled, &before), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn roots_are_part_of_what_sends_requests_and_an_identity_tells_nobody_the_secret() {
+        let key = key();
+        let of = |brane: &plan::Brane, roots| Keepers::of(&key, brane, 2, roots).unwrap();
+        assert_eq!(of(&counter(), "").identity, of(&counter(), "root").identity);
+        let sends = plan::Brane { grants: vec![Capability::Http(Vec::new())], ..counter() };
+        assert_ne!(of(&sends, "").identity, of(&sends, "root").identity);
+        let told = of(&sends, "root");
+        assert_eq!((told.plan.roots.as_str(), told.plan.branes[0].replicas), ("root", 1));
+        assert_eq!(told.plan.branes[0].secrets, sends.secrets);
+        assert_ne!(told.identity, Keepers::of(&self::key(), &sends, 2, "root").unwrap().identity, "another appliance");
+    }
 }

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use gaia_init::wire::{self, FromControl, ToControl};
 use tokio::sync::oneshot;
 
-use super::Control;
+use super::{Control, Runs};
 use crate::channel::Channel;
 
 /// What init found when control asked what is there.
@@ -25,7 +25,7 @@ pub(super) struct Found {
 /// One role, as init lists it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Role {
-    /// `control`, `worker@1`, …
+    /// `control`, `worker@1`, `keeper@counter.001`, …
     pub name: String,
     /// Its process, 0 when it is not running.
     pub pid: i32,
@@ -119,12 +119,9 @@ impl Init {
                     self.found(|found| found.files.push((name, file)));
                 }
             }
-            ToControl::Worker { core, pid, generation } => {
-                if let (Some(channel), Some(statistics)) = (files.next(), files.next())
-                    && let Err(e) = control.worker_came(core, pid, generation, channel, &statistics)
-                {
-                    say(&format!("worker@{core}: {e:#}"));
-                }
+            ToControl::Worker { core, pid, generation } => came(control, Runs::Branes { core }, pid, generation, files),
+            ToControl::Keeper { pid, generation, name, replica, identity } => {
+                came(control, Runs::Kept { name, replica, identity }, pid, generation, files);
             }
             ToControl::Compiler { ticket, .. } => {
                 if let (Some(sender), Some(channel)) = (self.compilers.borrow_mut().remove(&ticket), files.next()) {
@@ -138,7 +135,7 @@ impl Init {
             }
             ToControl::Serving { generation } => self.started(generation, Ok(())),
             ToControl::Failed { generation, reason } => self.started(generation, Err(reason)),
-            ToControl::Exited { pid, .. } => control.process_ended(pid),
+            ToControl::Exited { pid, cause, .. } => control.process_ended(pid, &cause),
             ToControl::Role { name, pid, restarts, millis, state, sandbox, .. } => {
                 if let Some(Listing::Roles(roles, _)) = self.listings.borrow_mut().front_mut() {
                     roles.push(Role { name, pid, restarts, millis, state, sandbox });
@@ -162,6 +159,16 @@ impl Init {
         if let Some(sender) = self.starting.borrow_mut().remove(&generation) {
             let _ = sender.send(outcome);
         }
+    }
+}
+
+/// A worker or keeper was started: its channel and its statistics are beside the message.
+fn came(control: &Rc<Control>, runs: Runs, pid: i32, generation: u32, mut files: impl Iterator<Item = OwnedFd>) {
+    let role = runs.role();
+    if let (Some(channel), Some(statistics)) = (files.next(), files.next())
+        && let Err(e) = control.worker_came(runs, pid, generation, channel, &statistics)
+    {
+        say(&format!("{role}: {e:#}"));
     }
 }
 

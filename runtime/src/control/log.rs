@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::Stream;
@@ -16,7 +16,7 @@ use hyper::body::Frame;
 use tokio::sync::Notify;
 
 use super::report::Line;
-use super::{Control, Worker};
+use super::{Control, Runs, Worker};
 use crate::log::{Event, Reader, Record, Subject};
 
 /// What is kept in all, in bytes as [`cost`] counts them.
@@ -56,7 +56,10 @@ impl Control {
     /// Records that a worker's ring had no room for.
     pub(super) fn dropped(&self, worker: &Worker) -> u64 {
         // Only the rows in use: to read one of the others would have the kernel find memory for it.
-        let branes = self.plans.borrow().get(&worker.generation).map_or(0, |p| p.branes.len());
+        let branes = match &worker.runs {
+            Runs::Branes { .. } => self.plans.borrow().get(&worker.generation).map_or(0, |p| p.branes.len()),
+            Runs::Kept { .. } => 1,
+        };
         let accounts = worker.statistics.branes.iter().take(branes).map(|brane| &brane.log);
         accounts.chain([&worker.statistics.worker.log]).map(|account| account.dropped.load(Relaxed)).sum()
     }
@@ -64,14 +67,30 @@ impl Control {
     fn keep(&self, worker: &Worker, record: Record) {
         let plans = self.plans.borrow();
         let plan = plans.get(&worker.generation);
-        let (brane, serial) = match record.subject {
-            Subject::Worker => (None, 0),
-            Subject::Brane(index, serial) => (plan.and_then(|p| p.branes.get(index)).map(|b| b.name.clone()), serial),
+        let (brane, serial) = match (record.subject, &worker.runs) {
+            (Subject::Worker, _) => (None, 0),
+            (Subject::Brane(_, serial), Runs::Kept { name, .. }) => (Some(name.clone()), serial),
+            (Subject::Brane(index, serial), Runs::Branes { .. }) => {
+                (plan.and_then(|p| p.branes.get(index)).map(|b| b.name.clone()), serial)
+            }
         };
         let instance = brane.as_ref().filter(|_| serial > 0).map(|name| format!("{name}.{serial:03}"));
         let time_ns = u64::try_from(record.time.as_nanos()).unwrap_or(u64::MAX);
-        let line = Line { time_ns, core: worker.core, brane, instance, event: record.event };
-        let branes = plan.map_or(0, |p| p.branes.len());
+        let core = worker.runs.core();
+        self.push(Line { time_ns, core, brane, instance, event: record.event }, plan.map_or(0, |p| p.branes.len()));
+    }
+
+    /// A keeper's process ended as it should not, and with it what the instance knew.
+    pub(super) fn keeper_ended(&self, name: &str, replica: u32, cause: &str) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let time_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        let (brane, instance) = (Some(name.to_owned()), Some(format!("{name}.{replica:03}")));
+        let event = Event::Fault { text: format!("its keeper {cause}: its state is gone").into() };
+        let branes = self.plan.borrow().as_ref().map_or(0, |p| p.branes.len());
+        self.push(Line { time_ns, core: None, brane, instance, event }, branes);
+    }
+
+    fn push(&self, line: Line, branes: usize) {
         self.log.push(line, (KEPT / (branes + 1)).max(LEAST));
     }
 }
@@ -239,7 +258,7 @@ mod tests {
 
     fn said(brane: &str, text: &str) -> Line {
         let event = Event::Kill { text: text.to_owned().into() };
-        Line { time_ns: 1, core: 0, brane: Some(brane.into()), instance: None, event }
+        Line { time_ns: 1, core: Some(0), brane: Some(brane.into()), instance: None, event }
     }
 
     fn read(history: &History, query: &Query, at: u64, caught_up: u64) -> Vec<Line> {

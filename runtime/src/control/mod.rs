@@ -38,13 +38,52 @@ const BEAT: Duration = Duration::from_secs(1);
 /// How long a worker may take to answer about its instances; one that is busy says so by its silence.
 const WORKER_WITHIN: Duration = Duration::from_secs(2);
 
-/// A living worker as control sees it.
+/// What a process runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Runs {
+    /// A worker: the branes of its generation, on this core.
+    Branes {
+        /// Which.
+        core: usize,
+    },
+    /// A keeper: one replica of a pinned brane.
+    Kept {
+        /// The brane's name.
+        name: String,
+        /// Which of its replicas, from 1.
+        replica: u32,
+        /// What the brane is made of, in one word.
+        identity: String,
+    },
+}
+
+impl Runs {
+    /// As init calls it: `worker@1`, `keeper@counter.001`.
+    #[must_use]
+    pub fn role(&self) -> String {
+        match self {
+            Self::Branes { core } => format!("worker@{core}"),
+            Self::Kept { name, replica, .. } => format!("keeper@{name}.{replica:03}"),
+        }
+    }
+
+    /// A worker's core.
+    #[must_use]
+    pub fn core(&self) -> Option<usize> {
+        match self {
+            Self::Branes { core } => Some(*core),
+            Self::Kept { .. } => None,
+        }
+    }
+}
+
+/// A living worker or keeper as control sees it.
 pub struct Worker {
-    /// Its core.
-    pub core: usize,
+    /// What it runs.
+    pub runs: Runs,
     /// Its process.
     pub pid: i32,
-    /// Its generation.
+    /// A worker's generation, or the first that a keeper was started for.
     pub generation: u32,
     /// Its counters and its log.
     pub statistics: Statistics,
@@ -177,7 +216,8 @@ impl Control {
         let (_, plan) = plan.into_iter().next().context("init has no plan of the running generation")?;
         let plan = read_whole(plan, plan::MAX_BYTES)?;
         let plan: Rc<Plan> = Rc::new(serde_json::from_slice(&plan).context("the running generation's plan")?);
-        let (branes, workers) = (plan.branes.len(), self.workers.borrow().len());
+        let workers = self.workers.borrow().iter().filter(|w| w.runs.core().is_some()).count();
+        let (branes, keepers) = (plan.branes.len(), self.workers.borrow().len() - workers);
         self.plans.borrow_mut().insert(generation, Rc::clone(&plan));
         *self.plan.borrow_mut() = Some(plan);
         let (artefacts, wrong) = self.key.check_all(files);
@@ -186,7 +226,8 @@ impl Control {
         }
         let known = artefacts.len();
         self.compiled.borrow_mut().extend(artefacts.into_iter().map(|a| (a.digest.clone(), a)));
-        let words = format!("{branes} branes, {workers} workers, {known} artefacts");
+        let keepers = if keepers > 0 { format!(" and {keepers} keepers") } else { String::new() };
+        let words = format!("{branes} branes, {workers} workers{keepers}, {known} artefacts");
         self.say(&format!("took over generation {generation}: {words}")).await;
         Ok(())
     }
@@ -204,17 +245,17 @@ impl Control {
         ticket
     }
 
-    /// A worker was started.
+    /// A worker or keeper was started.
     fn worker_came(
         self: &Rc<Self>,
-        core: usize,
+        runs: Runs,
         pid: i32,
         generation: u32,
         channel: OwnedFd,
         statistics: &OwnedFd,
     ) -> anyhow::Result<()> {
         let worker = Rc::new(Worker {
-            core,
+            runs,
             pid,
             generation,
             statistics: Statistics::map(statistics)?,
@@ -227,7 +268,8 @@ impl Control {
         let mut workers = self.workers.borrow_mut();
         workers.retain(|w| w.pid != pid);
         workers.push(Rc::clone(&worker));
-        if let Some(pair) = self.certificate.borrow().clone() {
+        let speaks = worker.runs.core().is_some();
+        if let Some(pair) = self.certificate.borrow().clone().filter(|_| speaks) {
             let worker = Rc::clone(&worker);
             tokio::task::spawn_local(async move { pair.give(&worker).await });
         }
@@ -236,11 +278,15 @@ impl Control {
         Ok(())
     }
 
-    /// A process ended. Of a worker, its page says how many requests ended with it.
-    fn process_ended(&self, pid: i32) {
+    /// A process ended. Of a worker, its page says how many requests ended with it; a keeper's state has ended.
+    fn process_ended(&self, pid: i32, cause: &str) {
         let mut workers = self.workers.borrow_mut();
         let Some(at) = workers.iter().position(|w| w.pid == pid) else { return };
         let worker = workers.swap_remove(at);
+        // One that was drained has said so itself.
+        if let (Runs::Kept { name, replica, .. }, false) = (&worker.runs, cause == "exited with status 0") {
+            self.keeper_ended(name, *replica, cause);
+        }
         worker.gone.set(true);
         worker.records.notify_one();
         let counted = &worker.statistics.worker;
@@ -250,14 +296,14 @@ impl Control {
         past.lost += counted.inside.load(Relaxed) + counted.fresh.load(Relaxed);
     }
 
-    /// All instances at work, in all workers of the serving generation.
+    /// All instances at work, in all workers and keepers.
     ///
-    /// A worker that does not answer in time is named in the second list.
+    /// One that does not answer in time is named in the second list.
     async fn instances(&self) -> (Vec<Instance>, Vec<String>) {
         let workers: Vec<Rc<Worker>> = self.workers.borrow().iter().map(Rc::clone).collect();
         let asked = workers.iter().map(async |worker| {
             let list = tokio::time::timeout(WORKER_WITHIN, self.instances_of(worker)).await;
-            list.ok().flatten().ok_or_else(|| format!("worker@{}", worker.core))
+            list.ok().flatten().ok_or_else(|| worker.runs.role())
         });
         let (mut all, mut silent) = (Vec::new(), Vec::new());
         for answer in futures_util::future::join_all(asked).await {
@@ -282,7 +328,8 @@ impl Control {
     fn forget_plans(&self) {
         let serving = self.plan.borrow().as_ref().map(|p| p.generation);
         let workers = self.workers.borrow();
-        let needed = |generation| Some(generation) == serving || workers.iter().any(|w| w.generation == generation);
+        let in_use = |generation| workers.iter().any(|w| w.runs.core().is_some() && w.generation == generation);
+        let needed = |generation| Some(generation) == serving || in_use(generation);
         self.plans.borrow_mut().retain(|generation, _| needed(*generation));
     }
 

@@ -120,8 +120,9 @@ pub struct Brane {
 pub struct Line {
     /// Nanoseconds since the Unix epoch.
     pub time_ns: u64,
-    /// The core of the worker.
-    pub core: usize,
+    /// The core of the worker; none, if it is a keeper's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub core: Option<usize>,
     /// Whose it is; the runtime's own if it is nobody's.
     pub brane: Option<String>,
     /// `brane.NNN`, if one was at work.

@@ -233,7 +233,7 @@ impl Brane {
     }
 
     /// A store for one fresh instance with this serial number, which tells `held` what it is granted.
-    fn store(&self, serial: u64, held: Arc<Held>) -> Store<Host> {
+    pub(super) fn store(&self, serial: u64, held: Arc<Held>) -> Store<Host> {
         let subject = Subject::Brane(self.index, serial);
         let host = Host::new(self.plan.mem_max, &self.granted, &self.means, &self.log, subject, held);
         let mut store = Store::new(&self.engine, host);
@@ -258,7 +258,7 @@ impl Brane {
 
     /// After how many ticks an instance lets others run for the first time. The first comes at any moment, so with two it has a
     /// whole tick at least: whoever needs less than that does not queue behind guests that spin. A quota is kept tick by tick.
-    fn first_tick(&self) -> u64 {
+    pub(super) fn first_tick(&self) -> u64 {
         if self.replicas.is_some() { 1 } else { 2 }
     }
 
@@ -293,11 +293,16 @@ impl Brane {
         &self.log.page().branes[self.index]
     }
 
-    /// An instance that was at work is gone. What its files held is freed in slices, between which others have their turn: the kernel
-    /// takes milliseconds to take back what 256 MiB were.
+    /// An instance that was at work is gone.
     pub fn end(&self, serial: u64) {
         self.running.borrow_mut().remove(&serial);
         self.count().busy.fetch_sub(1, Relaxed);
+        self.reap();
+    }
+
+    /// Frees what files held that are gone, in slices, between which others have their turn: the kernel takes milliseconds to
+    /// take back what 256 MiB were.
+    pub(super) fn reap(&self) {
         if self.granted.tmp.is_some() && !self.means.reaping.replace(true) {
             let means = Rc::clone(&self.means);
             tokio::task::spawn_local(async move {

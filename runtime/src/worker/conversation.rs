@@ -1,4 +1,4 @@
-//! What a worker and control say to each other: which instances are at work, that there is something in the log, what
+//! What a worker or keeper and control say to each other: which instances are at work, that there is something in the log, what
 //! addresses a name has, and what TLS is served with.
 //!
 //! A worker cannot ask a name server itself: it asks control. Each brane has its share of the look-ups that may be open,
@@ -10,7 +10,6 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,12 +18,14 @@ use futures_util::future::BoxFuture;
 use gaia_egress::resolve::{Error, MAX_ADDRESSES, Resolve};
 use gaia_egress::site::Peer;
 use gaia_init::wire::{self, Message, Unknown};
+use rustls::ServerConfig;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::{Worker, tls};
+use super::tls;
 use crate::channel::{Channel, is_sealed, read_whole, sealed};
+use crate::log::Log;
 
 /// The largest list, in bytes.
 pub const MAX_BYTES: u64 = 64 << 20;
@@ -169,8 +170,8 @@ fn is_code(text: &str) -> bool {
 pub struct Instance {
     /// `brane.NNN`
     pub name: String,
-    /// The core it runs on.
-    pub core: usize,
+    /// Where it runs: `worker@1`, `keeper@counter.001`.
+    pub role: String,
     /// Milliseconds since it was made.
     pub millis: u64,
 }
@@ -311,19 +312,31 @@ impl Resolve for Share {
     }
 }
 
+/// What a worker or keeper has to say.
+pub(super) struct Speaker {
+    /// What its branes ask control for, if one may ask.
+    pub(super) names: Option<Arc<Names>>,
+    /// Its log.
+    pub(super) log: Arc<Log>,
+    /// The instances that it has now.
+    pub(super) instances: Box<dyn Fn() -> Vec<Instance>>,
+    /// Takes over what TLS is served with, or the reason why not; a keeper has no use for it.
+    pub(super) certified: Box<dyn Fn(anyhow::Result<ServerConfig>)>,
+}
+
 /// Talks with control until it is gone for good: init hands the same channel to a new control, so a quiet one is waited
 /// for.
-pub(super) async fn hold(worker: Rc<Worker>, control: Channel) {
+pub(super) async fn hold(speaker: Speaker, control: Channel) {
     loop {
         let question = async {
-            match &worker.names {
+            match &speaker.names {
                 Some(names) => names.question().await,
                 None => std::future::pending().await,
             }
         };
         let heard = tokio::select! {
             heard = control.receive::<Word>() => heard,
-            () = worker.log.reader_is_wanted() => {
+            () = speaker.log.reader_is_wanted() => {
                 let _ = control.send(&Word::Records, &[]).await;
                 continue;
             }
@@ -334,41 +347,28 @@ pub(super) async fn hold(worker: Rc<Worker>, control: Channel) {
         };
         match heard {
             Ok((Word::Instances { ticket }, _)) => {
-                let running = |b: &Rc<super::Brane>| {
-                    let name = b.plan.name.clone();
-                    b.running().into_iter().map(move |(serial, millis)| (format!("{name}.{serial:03}"), millis))
-                };
-                let core = worker.core;
-                let all = worker.branes.iter().flat_map(running);
-                let all: Vec<Instance> = all.map(|(name, millis)| Instance { name, core, millis }).collect();
-                let list = serde_json::to_vec(&all).unwrap_or_default();
+                let list = serde_json::to_vec(&(speaker.instances)()).unwrap_or_default();
                 if let Ok(list) = sealed("instances", &list) {
                     let _ = control.send(&Word::Instances { ticket }, &[list.as_fd()]).await;
                 }
             }
             Ok((Word::Found { ticket, found }, _)) => {
-                if let Some(names) = &worker.names {
+                if let Some(names) = &speaker.names {
                     names.answered(ticket, found);
                 }
             }
-            Ok((Word::Certificate, files)) => {
-                if let Err(e) = certified(&worker, files) {
-                    super::say(worker.core, &format!("certificate dropped: {e:#}"));
-                }
-            }
+            Ok((Word::Certificate, files)) => (speaker.certified)(certified(files)),
             Ok((Word::Records | Word::LookUp { .. }, _)) | Err(wire::Error::Unknown(_) | wire::Error::Malformed) => {}
             Err(_) => return,
         }
     }
 }
 
-/// Takes over a certificate and its key. Control has checked them.
-fn certified(worker: &Worker, files: Vec<OwnedFd>) -> anyhow::Result<()> {
+/// What a certificate and its key make. Control has checked them.
+fn certified(files: Vec<OwnedFd>) -> anyhow::Result<ServerConfig> {
     let [certificate, key] = <[OwnedFd; 2]>::try_from(files).ok().context("not with two files")?;
     anyhow::ensure!(is_sealed(&certificate) && is_sealed(&key), "it could still change");
-    let config = tls::config(&read_whole(certificate, tls::MAX_BYTES)?, &read_whole(key, tls::MAX_BYTES)?)?;
-    worker.tls.set(config);
-    Ok(())
+    Ok(tls::config(&read_whole(certificate, tls::MAX_BYTES)?, &read_whole(key, tls::MAX_BYTES)?)?)
 }
 
 #[cfg(test)]

@@ -192,6 +192,14 @@ impl Host {
         tmp::TmpView { table: &mut self.table, tmp, clock }
     }
 
+    /// Empties its file system: what a request leaves there.
+    pub fn empty_files(&mut self) {
+        if let Some(Files { tmp, clock }) = &self.files {
+            tmp.clear(clock());
+            self.memory.held.files.store(tmp.held_bytes(), Ordering::Relaxed);
+        }
+    }
+
     /// Its names and sockets; linked only where they are granted.
     pub fn reach(&mut self) -> sockets::View<'_> {
         sockets::View { table: &mut self.table, reach: &self.reach, instance: &self.instance }

@@ -1,4 +1,5 @@
-//! The worker role: runs every brane of a generation on one core.
+//! The worker role: runs every brane of a generation on one core, but for the pinned ones, whose requests it passes on to
+//! their keepers.
 //!
 //! It starts with everything it will ever have: plan, artefacts and listening sockets as open descriptors, a channel
 //! to init, one to control, a page for its counters. It maps, links and pools it all, seals itself with what its graph
@@ -8,8 +9,11 @@ pub mod brane;
 pub mod conversation;
 pub mod host;
 mod ingress;
+pub mod keeper;
 pub mod linger;
+pub mod link;
 pub mod memory;
+pub mod pinned;
 pub mod route;
 pub mod serve;
 pub mod tls;
@@ -42,6 +46,7 @@ use crate::plan::{self, Plan};
 use crate::statistics::Statistics;
 use brane::Brane;
 use memory::Meter;
+use pinned::Pinned;
 
 /// How often the worker shows init that its loop turns.
 const BEAT: Duration = Duration::from_secs(1);
@@ -50,8 +55,10 @@ const KEPT: usize = 2 << 20;
 /// A worker's state, shared by its tasks.
 pub struct Worker {
     core: usize,
-    /// Its branes.
+    /// The branes that run here.
     pub branes: Vec<Rc<Brane>>,
+    /// Those that keepers run.
+    pub pinned: Vec<Rc<Pinned>>,
     /// Its counters.
     pub statistics: Arc<Statistics>,
     /// Its log.
@@ -64,31 +71,35 @@ pub struct Worker {
     pub tls: tls::Current,
 }
 
-/// One line on standard error, which is the kernel's log on the appliance. It never blocks there.
-fn say(core: usize, words: &str) {
-    // In one piece: each write is a record.
-    let _ = std::io::stderr().write_all(format!("gaia worker@{core}: {words}\n").as_bytes());
-}
-
-/// What the supervisor says about the worker's place.
+/// What the supervisor says about the place of a worker or keeper.
+#[derive(Debug, Clone)]
 struct Place {
-    core: usize,
-    number: u32,
+    /// As the supervisor calls it: `worker@1`.
+    role: String,
     housekeeping: Vec<usize>,
-    /// Bytes of memory that it may have, or all workers together if they have a cgroup.
+    /// Bytes of memory that it may have, or all of them together if they have a cgroup.
     memory: Option<u64>,
 }
 
 impl Place {
-    fn from_environment() -> anyhow::Result<Self> {
-        let var = |name: &'static str| std::env::var(name).context(name);
+    fn from_environment(role: String) -> anyhow::Result<Self> {
+        let memory = std::env::var("GAIA_MEMORY").ok();
         Ok(Self {
-            core: var("GAIA_CORE")?.parse().context("GAIA_CORE")?,
-            number: var("GAIA_WORKER")?.parse().context("GAIA_WORKER")?,
+            role,
             housekeeping: parse_list(&var("GAIA_HOUSEKEEPING")?).context("GAIA_HOUSEKEEPING is no list of cores")?,
-            memory: var("GAIA_MEMORY").ok().map(|bytes| bytes.parse().context("GAIA_MEMORY")).transpose()?,
+            memory: memory.map(|bytes| bytes.parse().context("GAIA_MEMORY")).transpose()?,
         })
     }
+
+    /// One line on standard error, which is the kernel's log on the appliance. It never blocks there.
+    fn say(&self, words: &str) {
+        // In one piece: each write is a record.
+        let _ = std::io::stderr().write_all(format!("gaia {}: {words}\n", self.role).as_bytes());
+    }
+}
+
+fn var(name: &'static str) -> anyhow::Result<String> {
+    std::env::var(name).context(name)
 }
 
 /// Runs the role until init says drain and the last request is answered.
@@ -98,16 +109,17 @@ impl Place {
 pub fn run() -> anyhow::Result<()> {
     let demand = Demand::from_environment();
     let mut descriptors = Descriptors::inherit()?;
-    let place = Place::from_environment()?;
-    let core = place.core;
-    let outcome = start(&place, &mut descriptors, demand);
+    let core = var("GAIA_CORE")?.parse().context("GAIA_CORE")?;
+    let number = var("GAIA_WORKER")?.parse().context("GAIA_WORKER")?;
+    let place = Place::from_environment(format!("worker@{core}"))?;
+    let outcome = start(&place, core, number, &mut descriptors, demand);
     if let Err(e) = &outcome {
-        say(core, &format!("{e:#}"));
+        place.say(&format!("{e:#}"));
     }
     outcome
 }
 
-fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow::Result<()> {
+fn start(place: &Place, core: usize, number: u32, descriptors: &mut Descriptors, demand: Demand) -> anyhow::Result<()> {
     kept::keep(KEPT);
     let plan =
         read_whole(descriptors.take(&format!("file-{}", plan::FILE))?, plan::MAX_BYTES).context("reading the plan")?;
@@ -120,20 +132,14 @@ fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
     let means = Rc::new(host::Means::of(&plan)?);
-    let branes = link_all(&plan, place.number, &artefacts, &log, &means)?;
+    let branes = link_all(&plan, number, &artefacts, &log, &means)?;
     drop(artefacts);
+    let kept = plan.branes.iter().enumerate().filter(|(_, brane)| brane.keeper.is_some());
+    let kept =
+        kept.map(|(index, brane)| Ok(Rc::new(Pinned::new(brane, index, Arc::clone(&statistics), Rc::clone(&means))?)));
+    let pinned = kept.collect::<anyhow::Result<_>>()?;
     // Before the first instance is made: its start may be the first thing that must be interrupted.
-    let engines = branes.iter().map(|b| b.engine.clone()).collect();
-    let mut each = vec![ticker(means.turns.ticker())];
-    if let Some(limit) = place.memory {
-        let meter = match descriptors.take("memory") {
-            Ok(current) => Meter::of_group(current, limit, plan.workers),
-            Err(_) => Meter::of_process(limit)?,
-        };
-        let pressure = Arc::clone(&means.pressure);
-        each.push(ticker(move || pressure.read(&meter)));
-    }
-    tick(engines, each, place, descriptors.take("tick").ok())?;
+    tick_all(&means, &branes, place, plan.processes(), descriptors)?;
     local.block_on(&runtime, async {
         for brane in &branes {
             brane.first_instance().await?;
@@ -141,11 +147,11 @@ fn start(place: &Place, descriptors: &mut Descriptors, demand: Demand) -> anyhow
         anyhow::Ok(())
     })?;
     let names = means.network.as_ref().map(|network| Arc::clone(&network.names));
-    let worker =
-        Rc::new(Worker { core: place.core, branes, statistics, log, names, means, tls: tls::Current::default() });
+    let tls = tls::Current::default();
+    let worker = Rc::new(Worker { core, branes, pinned, statistics, log, names, means, tls });
     // Everything is mapped, linked and pooled, and both threads are there.
     sandbox::close(&reach, demand)?;
-    local.block_on(&runtime, live(worker, descriptors))
+    local.block_on(&runtime, live(place, worker, descriptors))
 }
 
 fn link_all(
@@ -158,10 +164,21 @@ fn link_all(
     let link = |(index, brane): (usize, &plan::Brane)| {
         let artefact = artefacts.iter().find(|(name, _)| *name == brane.artefact);
         let (_, artefact) = artefact.with_context(|| format!("{}: its artefact was not handed down", brane.name))?;
-        anyhow::ensure!(is_sealed(artefact), "{}: its artefact could still change", brane.name);
-        Ok(Rc::new(Brane::link(brane, index, (worker, plan.workers), artefact, Arc::clone(log), Rc::clone(means))?))
+        linked(brane, index, (worker, plan.workers), artefact, log, means)
     };
-    plan.branes.iter().enumerate().map(link).collect()
+    plan.here().map(link).collect()
+}
+
+fn linked(
+    brane: &plan::Brane,
+    index: usize,
+    place: (u32, u32),
+    artefact: &OwnedFd,
+    log: &Arc<Log>,
+    means: &Rc<host::Means>,
+) -> anyhow::Result<Rc<Brane>> {
+    anyhow::ensure!(is_sealed(artefact), "{}: its artefact could still change", brane.name);
+    Ok(Rc::new(Brane::link(brane, index, place, artefact, Arc::clone(log), Rc::clone(means))?))
 }
 
 /// What is done at each tick.
@@ -171,20 +188,41 @@ fn ticker(each: impl Fn() + Send + 'static) -> Ticker {
     Box::new(each)
 }
 
+/// Ticks these branes' epochs, the clock of turns, and the count of memory that so many processes share.
+fn tick_all(
+    means: &host::Means,
+    branes: &[Rc<Brane>],
+    place: &Place,
+    processes: u32,
+    descriptors: &mut Descriptors,
+) -> anyhow::Result<()> {
+    let engines = branes.iter().map(|b| b.engine.clone()).collect();
+    let mut each = vec![ticker(means.turns.ticker())];
+    if let Some(limit) = place.memory {
+        let meter = match descriptors.take("memory") {
+            Ok(current) => Meter::of_group(current, limit, processes),
+            Err(_) => Meter::of_process(limit)?,
+        };
+        let pressure = Arc::clone(&means.pressure);
+        each.push(ticker(move || pressure.read(&meter)));
+    }
+    tick(engines, each, place, descriptors.take("tick").ok())
+}
+
 /// Starts the thread that ticks all engines' epochs, on the housekeeping cores. It must be a thread: a task would wait
 /// behind the very guest that it is to interrupt.
 fn tick(engines: Vec<Engine>, each: Vec<Ticker>, place: &Place, group: Option<OwnedFd>) -> anyhow::Result<()> {
-    let (core, cores) = (place.core, place.housekeeping.clone());
+    let place = place.clone();
     let (there, arrived) = std::sync::mpsc::channel();
     let body = move || {
         if let Some(group) = group {
             // "0" is the writing thread. Without its own cgroup it ticks on the worker's core: later, but it ticks.
             if let Err(e) = File::from(group).write_all(b"0") {
-                say(core, &format!("the tick thread stays on the worker's core: {e}"));
+                place.say(&format!("the tick thread stays on the worker's core: {e}"));
             }
         }
         let mut set = CpuSet::new();
-        for core in &cores {
+        for core in &place.housekeeping {
             set.set(*core);
         }
         let _ = rustix::thread::sched_setaffinity(None, &set);
@@ -214,14 +252,25 @@ enum Phase {
     Draining,
 }
 
-async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Result<()> {
+async fn live(place: &Place, worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let init = Rc::new(Channel::new(descriptors.take("init")?)?);
     let control = Channel::new(descriptors.take("control")?)?;
     let own = descriptors.take_all("own-");
     let next = descriptors.take_all("next-");
     let (phase, watching) = watch::channel(Phase::Held);
     init.send(&FromWorker::Ready, &[]).await.context("saying ready to init")?;
-    tokio::task::spawn_local(conversation::hold(Rc::clone(&worker), control));
+    let (names, log, listed) = (worker.names.clone(), Arc::clone(&worker.log), Rc::clone(&worker));
+    let (certified, said) = (Rc::clone(&worker), place.clone());
+    let speaker = conversation::Speaker {
+        names,
+        log,
+        instances: Box::new(move || listed.instances()),
+        certified: Box::new(move |config| match config {
+            Ok(config) => certified.tls.set(config),
+            Err(e) => said.say(&format!("certificate dropped: {e:#}")),
+        }),
+    };
+    tokio::task::spawn_local(conversation::hold(speaker, control));
     let beating = Rc::clone(&init);
     tokio::task::spawn_local(async move {
         let mut every = tokio::time::interval(BEAT);
@@ -258,7 +307,15 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
             Ok((ToWorker::Release, _)) => lent.drain(..).for_each(|task| task.abort()),
             // Without init nobody is left to say drain.
             Ok((ToWorker::Drain, _)) | Err(gaia_init::wire::Error::Closed) => break,
-            Err(e) => say(worker.core, &format!("message from init dropped: {e}")),
+            Ok((ToWorker::Link { name, replica }, streams)) => {
+                let of = worker.pinned.iter().find(|pinned| pinned.plan.name == name);
+                if let (Some(pinned), Some(stream)) = (of, streams.into_iter().next())
+                    && let Err(e) = pinned.link(replica, stream).await
+                {
+                    place.say(&format!("no way to the keeper of {name}.{replica:03}: {e:#}"));
+                }
+            }
+            Err(e) => place.say(&format!("message from init dropped: {e}")),
         }
     }
     phase.send_replace(Phase::Draining);
@@ -267,6 +324,22 @@ async fn live(worker: Rc<Worker>, descriptors: &mut Descriptors) -> anyhow::Resu
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     Ok(())
+}
+
+impl Worker {
+    /// What control is told when it asks.
+    fn instances(&self) -> Vec<conversation::Instance> {
+        let running = |b: &Rc<Brane>| {
+            let (name, role) = (b.plan.name.clone(), format!("worker@{}", self.core));
+            let one = move |(serial, millis)| conversation::Instance {
+                name: format!("{name}.{serial:03}"),
+                role: role.clone(),
+                millis,
+            };
+            b.running().into_iter().map(one)
+        };
+        self.branes.iter().flat_map(running).collect()
+    }
 }
 
 /// Lets go of ready instances when memory gets short, and ends the largest that are at work while there is less than there

@@ -5,13 +5,29 @@ use std::rc::Rc;
 use gaia_manifest::Host;
 
 use super::brane::Brane;
+use super::pinned::Pinned;
+
+/// Where a request goes.
+pub enum Target {
+    /// To a brane that runs here.
+    Here(Rc<Brane>),
+    /// To a keeper.
+    Kept(Rc<Pinned>),
+}
 
 /// The brane for this host (lower case, no port) and path: one that names the host before one that takes any, then the
 /// longest path.
 #[must_use]
-pub fn find(branes: &[Rc<Brane>], host: &str, path: &str) -> Option<Rc<Brane>> {
-    let of = |brane: &Rc<Brane>| rank(brane.host.as_ref(), &brane.plan.path, host, path);
-    branes.iter().filter_map(|b| of(b).map(|rank| (rank, b))).max_by_key(|(rank, _)| *rank).map(|(_, b)| Rc::clone(b))
+pub fn find(branes: &[Rc<Brane>], pinned: &[Rc<Pinned>], host: &str, path: &str) -> Option<Target> {
+    let here = branes.iter().filter_map(|b| Some((rank(b.host.as_ref(), &b.plan.path, host, path)?, b)));
+    let here = here.max_by_key(|(rank, _)| *rank);
+    let kept = pinned.iter().filter_map(|b| Some((rank(b.host.as_ref(), &b.plan.path, host, path)?, b)));
+    match (here, kept.max_by_key(|(rank, _)| *rank)) {
+        (Some((rank, brane)), kept) if kept.is_none_or(|(other, _)| other < rank) => {
+            Some(Target::Here(Rc::clone(brane)))
+        }
+        (_, kept) => kept.map(|(_, brane)| Target::Kept(Rc::clone(brane))),
+    }
 }
 
 /// How well a route fits, or `None` if it does not: how closely it names the host (exactly, by the longest name it is under,

@@ -27,16 +27,17 @@ use wasmtime_wasi_http::{Error, WasiHttpView as _};
 use super::Worker;
 use super::brane::{Brane, Instance};
 use super::memory::Held;
-use super::route;
+use super::pinned::PassedBody;
+use super::route::{self, Target};
 use super::turns::thread_cpu;
 use crate::log::{Event, Subject};
 use crate::statistics::While;
 
 /// Requests that may wait for an instance of one brane in one worker; more are refused at once.
-const QUEUE: u64 = 1024;
+pub(super) const QUEUE: u64 = 1024;
 
-/// What goes out: the runtime's own few words, or the guest's stream.
-pub type Answer = Response<Either<Full<Bytes>, GuestBody>>;
+/// What goes out: the runtime's own few words, or a guest's stream, from here or from a keeper.
+pub type Answer = Response<Either<Full<Bytes>, Either<GuestBody, PassedBody>>>;
 
 /// One connection, as its requests see it; in HTTP/2 one stream of it.
 pub struct Connection {
@@ -158,14 +159,25 @@ impl Drop for Exchange {
 }
 
 /// An answer that the runtime gives itself.
-struct Own {
+pub(super) struct Own {
     status: StatusCode,
     words: Cow<'static, str>,
     retry_after: Option<u64>,
 }
 
-fn own(status: StatusCode, words: impl Into<Cow<'static, str>>) -> Own {
+pub(super) fn own(status: StatusCode, words: impl Into<Cow<'static, str>>) -> Own {
     Own { status, words: words.into(), retry_after: None }
+}
+
+/// No instance becomes free in time.
+pub(super) fn too_busy() -> Own {
+    Own { retry_after: Some(1), ..own(StatusCode::SERVICE_UNAVAILABLE, "all instances are busy") }
+}
+
+/// The instance ended because the host is short of memory.
+pub(super) fn too_short() -> Own {
+    let short = own(StatusCode::SERVICE_UNAVAILABLE, "memory is short, and the brane had most");
+    Own { retry_after: Some(1), ..short }
 }
 
 impl Own {
@@ -189,20 +201,31 @@ async fn dispatch(
 ) -> Result<Answer, Own> {
     let worker = &connection.worker;
     let (request, host) = normalised(request, connection.peer, connection.secure)?;
-    let Some(brane) = route::find(&worker.branes, &host, request.uri().path()) else {
+    let Some(target) = route::find(&worker.branes, &worker.pinned, &host, request.uri().path()) else {
         worker.statistics.worker.no_route.fetch_add(1, Relaxed);
         exchange.why.replace(format!("no brane is served at {host}{}", request.uri().path()).into());
         return Err(own(StatusCode::NOT_FOUND, "no brane is served here"));
     };
-    exchange.subject.set(Subject::Brane(brane.index, 0));
-    brane.count().requests.fetch_add(1, Relaxed);
-    let body_max = brane.plan.body_max;
+    let (index, plan) = match &target {
+        Target::Here(brane) => (brane.index, &brane.plan),
+        Target::Kept(brane) => (brane.index, &brane.plan),
+    };
+    exchange.subject.set(Subject::Brane(index, 0));
+    worker.statistics.branes[index].requests.fetch_add(1, Relaxed);
+    let body_max = plan.body_max;
     let too_large = || own(StatusCode::PAYLOAD_TOO_LARGE, format!("the body may have {body_max} bytes"));
     if request.body().size_hint().lower() > body_max {
         return Err(too_large());
     }
-    let deadline = began + brane.plan.deadline;
+    let deadline = began + plan.deadline;
     connection.until.set(Some(deadline));
+    let brane = match target {
+        Target::Here(brane) => brane,
+        Target::Kept(brane) => {
+            let passed = brane.pass(request, deadline, Rc::clone(&connection.broken), inside).await?;
+            return Ok(passed.map(|body| Either::Right(Either::Right(body))));
+        }
+    };
     let permit = slot(&brane, deadline).await?;
     let over = Arc::new(AtomicBool::new(false));
     let request = request.map(|body| Bounded { body, left: body_max, over: Arc::clone(&over) });
@@ -228,7 +251,8 @@ async fn dispatch(
             let (reset, exchange) = (Rc::clone(&connection.broken), Rc::clone(exchange));
             exchange.status.set(response.status().as_u16());
             Ok(response.map(|body| {
-                Either::Right(GuestBody { body, late, broken, reset, brane, exchange, _task: task, _inside: inside })
+                let body = GuestBody { body, late, broken, reset, brane, exchange, _task: task, _inside: inside };
+                Either::Right(Either::Left(body))
             }))
         }
         Ok(Ok(Err(code))) => {
@@ -239,10 +263,7 @@ async fn dispatch(
             _ if over.load(Relaxed) => Err(too_large()),
             Ok(Ended::Returned) => Err(own(StatusCode::BAD_GATEWAY, "the brane ended without a response")),
             Ok(Ended::Late) => Err(late()),
-            Ok(Ended::Short) => {
-                let short = own(StatusCode::SERVICE_UNAVAILABLE, "memory is short, and the brane had most");
-                Err(Own { retry_after: Some(1), ..short })
-            }
+            Ok(Ended::Short) => Err(too_short()),
             Ok(Ended::Trap(id)) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, format!("the brane trapped: {id}"))),
             Ok(Ended::Host(id)) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, format!("the runtime failed: {id}"))),
             Err(_) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, "the runtime failed")),
@@ -251,7 +272,7 @@ async fn dispatch(
 }
 
 /// The name of an error code without what it carries: that may be the guest's words, and they are for the log.
-fn word(code: &ErrorCode) -> String {
+pub(super) fn word(code: &ErrorCode) -> String {
     format!("{code:?}").chars().take_while(|c| c.is_ascii_alphanumeric() || *c == ':').collect()
 }
 
@@ -262,7 +283,7 @@ async fn slot(brane: &Brane, deadline: Instant) -> Result<OwnedSemaphorePermit, 
     }
     let refused = || {
         brane.count().refused.fetch_add(1, Relaxed);
-        Own { retry_after: Some(1), ..own(StatusCode::SERVICE_UNAVAILABLE, "all instances are busy") }
+        too_busy()
     };
     if brane.count().waiting.load(Relaxed) >= QUEUE {
         return Err(refused());
@@ -566,10 +587,12 @@ impl Body for GuestBody {
 }
 
 /// A request's body that ends with an error beyond its bound.
-struct Bounded {
-    body: Incoming,
-    left: u64,
-    over: Arc<AtomicBool>,
+pub(super) struct Bounded {
+    pub(super) body: Incoming,
+    /// Bytes that may still come.
+    pub(super) left: u64,
+    /// Set when there are more.
+    pub(super) over: Arc<AtomicBool>,
 }
 
 impl Body for Bounded {
