@@ -12,6 +12,7 @@ mod ingress;
 mod lifecycles;
 mod limits;
 mod memory;
+mod pinned;
 mod requests;
 mod run;
 mod sandbox;

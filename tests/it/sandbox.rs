@@ -198,7 +198,7 @@ fn descriptors(role: &str) -> &'static [&'static str] {
     match role.split('@').next().unwrap_or_default() {
         // Null, the kernel's log, channels and listening sockets, its own event loop, statistics, artefacts, the cgroup
         // of its tick thread.
-        "worker" => &[
+        "worker" | "keeper" => &[
             "/dev/null",
             "/dev/kmsg",
             "socket:",
@@ -216,11 +216,16 @@ fn descriptors(role: &str) -> &'static [&'static str] {
     }
 }
 
+fn runs_branes(role: &str) -> bool {
+    role.starts_with("worker@") || role.starts_with("keeper@")
+}
+
 /// Would miss: a thread without a filter, a capability, a descriptor that nobody meant to hand down, memory that could
 /// be written and run.
 #[test]
 fn every_process_of_the_appliance_is_held_as_its_role_says() {
-    let appliance = Appliance::boot(&Setup::default().graph(FETCH)).unwrap();
+    let kept = "[brane.kept]\nimage = \"file:./hello.wasm\"\nexecution = { lifecycle = \"pinned\" }\n";
+    let appliance = Appliance::boot(&Setup::default().graph(format!("{FETCH}{kept}"))).unwrap();
     let status = appliance.ask("GET /v1/status").unwrap();
     let mut seen = 0;
     for role in status["roles"].as_array().unwrap() {
@@ -236,13 +241,13 @@ fn every_process_of_the_appliance_is_held_as_its_role_says() {
             for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
                 assert_eq!(field(&text, set), "0000000000000000", "{name} {set}");
             }
-            let filters = if name.starts_with("worker") { "2" } else { "1" };
+            let filters = if runs_branes(name) { "2" } else { "1" };
             let shown = ["NoNewPrivs", "Seccomp", "Seccomp_filters"].map(|f| field(&text, f));
             assert_eq!(shown, ["1", "2", filters], "{name} {thread}");
             assert!(!field(&text, "Uid").split_whitespace().any(|id| id == "0"), "{name}");
         }
         let cgroup = appliance.read(&format!("/proc/{pid}/cgroup")).unwrap();
-        let home = if name.starts_with("worker") { "0::/workers" } else { "0::/system" };
+        let home = if runs_branes(name) { "0::/workers" } else { "0::/system" };
         assert!(cgroup.starts_with(home), "{name}: {cgroup}");
         for fd in appliance.list(&format!("/proc/{pid}/fd")).unwrap() {
             let Ok(what) = appliance.link(&format!("/proc/{pid}/fd/{fd}")) else { continue };
@@ -250,7 +255,7 @@ fn every_process_of_the_appliance_is_held_as_its_role_says() {
         }
         executable_is_only_what_may_be(name, &appliance.read(&format!("/proc/{pid}/maps")).unwrap());
     }
-    assert!(seen >= 4, "control, console, workers: {status}");
+    assert!(seen >= 5, "control, console, workers, keeper: {status}");
     appliance.power_off().unwrap();
 }
 
@@ -260,7 +265,7 @@ fn executable_is_only_what_may_be(name: &str, maps: &str) {
         let (rights, path) = (words.nth(1).unwrap_or_default(), words.nth(3).unwrap_or_default());
         assert!(!(rights.contains('w') && rights.contains('x')), "{name} can write what it runs: {line}");
         let own = ["/bin/gaia", "[vdso]", "[vsyscall]"].contains(&path);
-        let artefact = name.starts_with("worker") && path.starts_with("/memfd:artefact");
+        let artefact = runs_branes(name) && path.starts_with("/memfd:artefact");
         assert!(!rights.contains('x') || own || artefact, "{name} runs what it should not: {line}");
     }
 }
