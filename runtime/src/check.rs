@@ -7,7 +7,7 @@ use gaia_manifest::{Brane, Capability, Diagnostic, Image, Lifecycle, Manifest, S
 use serde::Serialize;
 
 use crate::compile::{self, MAX_COMPONENT, Report};
-use crate::{link, review};
+use crate::{engine, link, review};
 
 /// A manifest that could not even be read.
 #[derive(Debug, thiserror::Error)]
@@ -222,7 +222,8 @@ fn component(folder: &Path, brane: &Brane) -> Result<Option<Report>, Box<Diagnos
         return Err(wrong(format!("{} has {size} bytes, at most {MAX_COMPONENT} are compiled", path.display())));
     }
     let component = std::fs::read(&path).map_err(|e| wrong(format!("{}: {e}", path.display())))?;
-    let (report, _) = compile::compile(&component).map_err(|e| wrong(format!("{}: {e:#}", path.display())))?;
+    let (report, _) =
+        compile::compile(&component, engine::WHOLE).map_err(|e| wrong(format!("{}: {e:#}", path.display())))?;
     Ok(Some(report))
 }
 

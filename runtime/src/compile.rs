@@ -32,16 +32,20 @@ pub const MAX_REPORT: u64 = 1 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Word {
     /// One descriptor beside it: the component.
-    Compile,
+    Compile {
+        /// What will be reserved for each of its memories, in bytes.
+        reservation: u64,
+    },
     /// One or two descriptors beside it: the report, the artefact.
     Done,
 }
 
 impl Message for Word {
     fn parse(text: &str) -> Result<Self, Unknown> {
-        match text {
-            "compile" => Ok(Self::Compile),
-            "done" => Ok(Self::Done),
+        let reservation = text.strip_prefix("compile ").and_then(|bytes| bytes.parse().ok());
+        match (text, reservation) {
+            (_, Some(reservation)) => Ok(Self::Compile { reservation }),
+            ("done", _) => Ok(Self::Done),
             _ => Err(Unknown::of(text)),
         }
     }
@@ -49,10 +53,10 @@ impl Message for Word {
 
 impl fmt::Display for Word {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Compile => "compile",
-            Self::Done => "done",
-        })
+        match self {
+            Self::Compile { reservation } => write!(f, "compile {reservation}"),
+            Self::Done => f.write_str("done"),
+        }
     }
 }
 
@@ -87,11 +91,11 @@ pub struct Import {
 pub fn run() -> anyhow::Result<()> {
     sandbox::enter(&sandbox::compile::SANDBOX, &BTreeSet::new(), Demand::from_environment())?;
     let control = Descriptors::inherit()?.take("control")?;
-    let (Word::Compile, mut files) = wire::receive(&control)? else {
+    let (Word::Compile { reservation }, mut files) = wire::receive(&control)? else {
         anyhow::bail!("control sent something else than a component");
     };
     let (report, artefact) = match files.pop() {
-        Some(file) => answer(file),
+        Some(file) => answer(file, reservation),
         None => (Report::failed("no component came with the request".into()), None),
     };
     let report = sealed("report", &serde_json::to_vec(&report)?)?;
@@ -102,26 +106,26 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn answer(file: OwnedFd) -> (Report, Option<Vec<u8>>) {
+fn answer(file: OwnedFd, reservation: u64) -> (Report, Option<Vec<u8>>) {
     let component = match read_whole(file, MAX_COMPONENT) {
         Ok(bytes) => bytes,
         Err(e) => return (Report::failed(format!("reading the component: {e}")), None),
     };
-    match compile(&component) {
+    match compile(&component, reservation) {
         Ok((report, artefact)) => (report, Some(artefact)),
         Err(e) => (Report::failed(format!("{e:#}")), None),
     }
 }
 
-/// Compiles one component for this processor.
+/// Compiles one component for this processor, and for memories of which so many bytes are reserved.
 ///
 /// # Errors
 /// Wasmtime's, for bytes that are no valid component.
-pub fn compile(component: &[u8]) -> wasmtime::Result<(Report, Vec<u8>)> {
+pub fn compile(component: &[u8], reservation: u64) -> wasmtime::Result<(Report, Vec<u8>)> {
     if component.starts_with(b"\0asm\x01\0\0\0") {
         wasmtime::bail!("this is a core WebAssembly module, not a component; build it for wasm32-wasip2");
     }
-    let engine = engine::for_compiler()?;
+    let engine = engine::for_compiler(reservation)?;
     // From text it would be parsed as WAT; only binary components are taken.
     let compiled = Component::from_binary(&engine, component)?;
     let kind = compiled.component_type();
@@ -165,7 +169,7 @@ mod tests {
 
     #[test]
     fn the_empty_component_compiles_and_imports_nothing() {
-        let (report, artefact) = compile(EMPTY).unwrap();
+        let (report, artefact) = compile(EMPTY, engine::WHOLE).unwrap();
         assert!(report.imports.is_empty() && report.exports.is_empty());
         assert_eq!(report.unlinked, None);
         assert!(!artefact.is_empty());
@@ -173,7 +177,7 @@ mod tests {
 
     #[test]
     fn a_core_module_is_told_what_it_is() {
-        let error = compile(b"\0asm\x01\0\0\0").unwrap_err().to_string();
+        let error = compile(b"\0asm\x01\0\0\0", engine::WHOLE).unwrap_err().to_string();
         assert!(error.contains("core WebAssembly module") && error.contains("wasm32-wasip2"), "{error}");
     }
 
@@ -181,7 +185,7 @@ mod tests {
         #[test]
         fn any_bytes_are_refused_or_compiled(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), headed: bool) {
             if headed { bytes.splice(0..0, EMPTY.iter().copied()); }
-            let _ = compile(&bytes);
+            let _ = compile(&bytes, engine::WHOLE);
         }
     }
 }

@@ -7,6 +7,7 @@ use gaia_init::sandbox::worker::Reach;
 use gaia_manifest::{Capability, Lifecycle, Scheme};
 use serde::{Deserialize, Serialize};
 
+use crate::engine;
 use crate::secrets::Secret;
 
 /// The name of the plan among a generation's files.
@@ -41,6 +42,8 @@ pub struct Brane {
     pub digest: String,
     /// The artefact's name among the generation's files.
     pub artefact: String,
+    /// What is reserved for each of an instance's memories, in bytes: the artefact was made for it.
+    pub reservation: u64,
     /// What an instance of it needs of the pool.
     pub needs: Needs,
     /// Host of its requests as the manifest writes it, lower case: exact or `*.example.org`; `None` takes any.
@@ -123,8 +126,20 @@ impl Brane {
     /// Instances in each of `workers` workers: the replicas divided, at least one.
     #[must_use]
     pub fn slots(&self, workers: u32) -> u32 {
-        self.replicas.div_ceil(workers.max(1)).max(1)
+        slots(self.replicas, workers)
     }
+
+    /// What they reserve of the address space of each, in bytes.
+    #[must_use]
+    pub fn address_space(&self, workers: u32) -> u64 {
+        engine::address_space(self.slots(workers), self.needs.memories.max(1), self.reservation)
+    }
+}
+
+/// Instances in each of `workers` workers of a brane with so many replicas.
+#[must_use]
+pub fn slots(replicas: u32, workers: u32) -> u32 {
+    replicas.div_ceil(workers.max(1)).max(1)
 }
 
 /// What one instance of a component needs of a pool.

@@ -70,7 +70,7 @@ fn refused(manifest: &Manifest, report: &compile::Report) -> Vec<String> {
 
 /// Whether a worker's linker for these grants takes the component.
 fn links(manifest: &Manifest, component: &[u8]) -> Result<(), String> {
-    let engine = engine::for_compiler().unwrap();
+    let engine = engine::for_compiler(engine::WHOLE).unwrap();
     let grants: Vec<_> = manifest.branes[0].capabilities.iter().map(|grant| grant.capability.clone()).collect();
     let linker = link::linker(&engine, Granted::of(&grants, &Means::default()).capabilities()).unwrap();
     let component = Component::from_binary(&engine, component).unwrap();
@@ -83,7 +83,8 @@ fn an_interface_links_with_its_grant_and_fails_without() {
     for version in ["0.2.0", "0.2.3"] {
         for (interface, keys) in INTERFACES {
             let component = component(interface, version);
-            let (report, _) = compile::compile(&component).unwrap_or_else(|e| panic!("{interface}: {e:#}"));
+            let (report, _) =
+                compile::compile(&component, engine::WHOLE).unwrap_or_else(|e| panic!("{interface}: {e:#}"));
             let import = format!("{interface}@{version}");
             let listed = report.imports.iter().find(|i| i.name == import);
             assert!(listed.is_some_and(|i| i.authority), "{import}: {:?}", report.imports);
@@ -140,7 +141,7 @@ fn every_interface_of_the_standard_is_in_the_table() {
 #[test]
 fn types_alone_need_no_grant() {
     let component = made("types");
-    let (report, _) = compile::compile(&component).unwrap();
+    let (report, _) = compile::compile(&component, engine::WHOLE).unwrap();
     let clock = report.imports.iter().find(|i| i.name == "wasi:clocks/wall-clock@0.2.0").unwrap();
     assert!(!clock.authority, "{:?}", report.imports);
     let bare = manifest(&[]);

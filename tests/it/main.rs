@@ -5,6 +5,7 @@
 
 mod boot;
 mod capabilities;
+mod density;
 mod egress;
 mod hostile;
 mod image;

@@ -33,6 +33,8 @@ const KEY: usize = 32;
 pub struct Artefact {
     /// SHA-256 of the component, in hexadecimal.
     pub digest: String,
+    /// What is reserved for each of its memories, in bytes.
+    pub reservation: u64,
     /// What the compiler found out about it.
     pub report: Report,
     /// The code, in a sealed file.
@@ -44,7 +46,7 @@ impl Artefact {
     /// Its name among a generation's files.
     #[must_use]
     pub fn name(&self) -> String {
-        name(&self.digest)
+        name(&self.digest, self.reservation)
     }
 
     /// Another descriptor of the same.
@@ -53,20 +55,22 @@ impl Artefact {
     /// Too many descriptors.
     pub fn try_clone(&self) -> io::Result<Self> {
         let file = self.file.try_clone()?;
-        Ok(Self { digest: self.digest.clone(), report: self.report.clone(), file, mark: self.mark.clone() })
+        let (digest, report, mark) = (self.digest.clone(), self.report.clone(), self.mark.clone());
+        Ok(Self { digest, reservation: self.reservation, report, file, mark })
     }
 }
 
-/// The name, among a generation's files, of what was made from the component with this digest.
+/// The name, among a generation's files, of what was made from the component with this digest for such a reservation.
 #[must_use]
-pub fn name(digest: &str) -> String {
-    format!("artefact-{}", digest.get(..32).unwrap_or(digest))
+pub fn name(digest: &str, reservation: u64) -> String {
+    format!("artefact-{}-{}", digest.get(..32).unwrap_or(digest), reservation >> 20)
 }
 
 /// What is told of an artefact beside it.
 #[derive(Debug, Serialize, Deserialize)]
 struct Origin {
     digest: String,
+    reservation: u64,
     report: Report,
     mark: Vec<u8>,
 }
@@ -76,7 +80,12 @@ struct Origin {
 /// # Errors
 /// None that is known of: all of it can be written as JSON.
 pub fn origins<'a>(artefacts: impl IntoIterator<Item = &'a Artefact>) -> anyhow::Result<Vec<u8>> {
-    let origin = |a: &Artefact| Origin { digest: a.digest.clone(), report: a.report.clone(), mark: a.mark.clone() };
+    let origin = |a: &Artefact| Origin {
+        digest: a.digest.clone(),
+        reservation: a.reservation,
+        report: a.report.clone(),
+        mark: a.mark.clone(),
+    };
     Ok(serde_json::to_vec(&artefacts.into_iter().map(origin).collect::<Vec<_>>())?)
 }
 
@@ -106,9 +115,9 @@ impl Key {
     ///
     /// # Errors
     /// If it could still change, is longer than [`MAX_ARTEFACT`], or cannot be read.
-    pub fn vouch(&self, digest: &str, report: Report, file: OwnedFd) -> anyhow::Result<Artefact> {
-        let mark = self.context(digest, &report, &file)?.sign().as_ref().to_vec();
-        Ok(Artefact { digest: digest.to_owned(), report, file, mark })
+    pub fn vouch(&self, digest: &str, reservation: u64, report: Report, file: OwnedFd) -> anyhow::Result<Artefact> {
+        let mark = self.context(digest, reservation, &report, &file)?.sign().as_ref().to_vec();
+        Ok(Artefact { digest: digest.to_owned(), reservation, report, file, mark })
     }
 
     /// A word for these bytes, in hexadecimal: the same for the same, and it tells nobody else what they are. There may be
@@ -137,7 +146,7 @@ impl Key {
             Err(e) => wrong.push(format!("{e:#}")),
             Ok(origins) => {
                 for origin in origins {
-                    let name = name(&origin.digest);
+                    let name = name(&origin.digest, origin.reservation);
                     let at = artefacts.iter().position(|(of, _)| *of == name);
                     let checked = at.context("is not there").and_then(|at| self.check(origin, artefacts.remove(at).1));
                     match checked {
@@ -151,23 +160,29 @@ impl Key {
     }
 
     fn check(&self, origin: Origin, file: OwnedFd) -> anyhow::Result<Artefact> {
-        let Origin { digest, report, mark } = origin;
-        let tag = self.context(&digest, &report, &file)?.sign();
+        let Origin { digest, reservation, report, mark } = origin;
+        let tag = self.context(&digest, reservation, &report, &file)?.sign();
         // Compared by their own marks, which takes the same time wherever they differ.
         let told = hmac::sign(&self.0, &mark);
         hmac::verify(&self.0, tag.as_ref(), told.as_ref()).ok().context("is not what was compiled here")?;
-        Ok(Artefact { digest, report, file, mark })
+        Ok(Artefact { digest, reservation, report, file, mark })
     }
 
     /// All that a mark is of, each part with its length before it.
-    fn context(&self, digest: &str, report: &Report, file: &OwnedFd) -> anyhow::Result<hmac::Context> {
+    fn context(
+        &self,
+        digest: &str,
+        reservation: u64,
+        report: &Report,
+        file: &OwnedFd,
+    ) -> anyhow::Result<hmac::Context> {
         anyhow::ensure!(is_sealed(file), "could still change");
         let size = rustix::fs::fstat(file)?.st_size.cast_unsigned();
         anyhow::ensure!(size <= MAX_ARTEFACT, "has {size} bytes, at most {MAX_ARTEFACT} are taken");
         let report = serde_json::to_vec(report)?;
         anyhow::ensure!(report.len() as u64 <= MAX_REPORT, "the report has {} bytes", report.len());
         let mut context = hmac::Context::with_key(&self.0);
-        for part in [digest.as_bytes(), &report] {
+        for part in [digest.as_bytes(), &reservation.to_le_bytes(), &report] {
             context.update(&(part.len() as u64).to_le_bytes());
             context.update(part);
         }
@@ -211,7 +226,7 @@ mod tests {
         vec![
             ("plan".into(), sealed("plan", b"{}").unwrap()),
             (ORIGINS.into(), sealed(ORIGINS, origins).unwrap()),
-            (name(digest), sealed("artefact", code).unwrap()),
+            (name(digest, 1 << 20), sealed("artefact", code).unwrap()),
         ]
     }
 
@@ -223,7 +238,7 @@ mod tests {
         let file = empty();
         let first = Key::of(file.try_clone().unwrap()).unwrap();
         assert!(is_sealed(&file), "nobody can put another in its place");
-        let vouched = first.vouch(DIGEST, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
+        let vouched = first.vouch(DIGEST, 1 << 20, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
         let next = Key::of(file).unwrap();
         let (good, wrong) = next.check_all(files(&origins([&vouched]).unwrap(), CODE, DIGEST));
         assert!(wrong.is_empty(), "{wrong:?}");
@@ -236,7 +251,7 @@ mod tests {
         let file = empty();
         File::from(file.try_clone().unwrap()).write_all(b"half").unwrap();
         let key = Key::of(file.try_clone().unwrap()).unwrap();
-        let vouched = key.vouch(DIGEST, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
+        let vouched = key.vouch(DIGEST, 1 << 20, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
         assert_eq!(rustix::fs::fstat(&file).unwrap().st_size.cast_unsigned(), KEY as u64);
         let next = Key::of(file).unwrap();
         assert_eq!(next.check_all(files(&origins([&vouched]).unwrap(), CODE, DIGEST)).0.len(), 1);
@@ -245,7 +260,7 @@ mod tests {
     #[test]
     fn nothing_else_is_taken_over() {
         let key = Key::of(empty()).unwrap();
-        let vouched = key.vouch(DIGEST, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
+        let vouched = key.vouch(DIGEST, 1 << 20, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
         let told = origins([&vouched]).unwrap();
         let text = String::from_utf8(told.clone()).unwrap();
         let other = DIGEST.replace('0', "f");
@@ -255,6 +270,7 @@ mod tests {
             ("longer code", &key, told.clone(), b"machine code, or so.", DIGEST),
             ("less code", &key, told.clone(), b"machine code, or s", DIGEST),
             ("another report", &key, text.replace(r#"["a"]"#, r#"["b"]"#).into_bytes(), CODE, DIGEST),
+            ("another reservation", &key, text.replace(":1048576,", ":1048577,").into_bytes(), CODE, DIGEST),
             ("another component", &key, text.replace(DIGEST, &other).into_bytes(), CODE, &other),
             ("no code", &key, told.clone(), CODE, &other),
             ("no list", &key, b"[{".to_vec(), CODE, DIGEST),
@@ -268,6 +284,8 @@ mod tests {
     fn what_could_still_change_is_not_vouched_for() {
         let key = Key::of(empty()).unwrap();
         let open = empty();
-        assert!(key.vouch(DIGEST, report("a"), open).err().unwrap().to_string().contains("could still change"));
+        assert!(
+            key.vouch(DIGEST, 1 << 20, report("a"), open).err().unwrap().to_string().contains("could still change")
+        );
     }
 }

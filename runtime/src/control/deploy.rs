@@ -250,7 +250,7 @@ async fn start(control: &Control, planned: Planned) -> anyhow::Result<()> {
     }
     for Keepers { replicas, identity, plan } in keepers {
         let Some(brane) = plan.branes.first() else { continue };
-        let artefact = artefacts.iter().find(|artefact| artefact.digest == brane.digest);
+        let artefact = artefacts.iter().find(|artefact| artefact.name() == brane.artefact);
         let artefact = artefact.with_context(|| format!("{}: there is no artefact of it", brane.name))?;
         let (name, file) = (brane.name.clone(), sealed(plan::FILE, &serde_json::to_vec(&plan)?)?);
         let keepers = FromControl::Keepers { generation, name, replicas, identity };
@@ -261,7 +261,10 @@ async fn start(control: &Control, planned: Planned) -> anyhow::Result<()> {
     control.plans.borrow_mut().insert(generation, Rc::clone(&plan));
     control.init.start(generation).await.with_context(|| format!("generation {generation}"))?;
     // What is not needed any more need not be kept to compile it less often.
-    control.compiled.borrow_mut().retain(|digest, _| plan.branes.iter().any(|brane| brane.digest == *digest));
+    let needed = |(digest, reservation): &(String, u64)| {
+        plan.branes.iter().any(|brane| brane.digest == *digest && brane.reservation == *reservation)
+    };
+    control.compiled.borrow_mut().retain(|of, _| needed(of));
     *control.plan.borrow_mut() = Some(plan);
     control.forget_plans();
     Ok(())
@@ -336,12 +339,13 @@ async fn planned(control: &Control, source: &Source, workers: u32, generation: u
     let text = String::from_utf8(text).with_context(|| format!("{name} is not UTF-8"))?;
     let manifest = gaia_manifest::parse(&text).map_err(|wrong| refused(name, &text, &wrong))?;
     let mut said = review::unsupported(&manifest);
-    let (compiled, failed) = compile_all(control, source, &manifest).await;
+    let (compiled, failed) = compile_all(control, source, &manifest, workers).await;
     said.extend(failed);
     let secrets = source.secrets()?;
     let (mut branes, mut pinned) = (Vec::new(), Vec::new());
     for brane in &manifest.branes {
-        let Some(compiled) = compiled.get(&brane.image.value.to_string()) else { continue };
+        let of = (brane.image.value.to_string(), reservation(brane, workers));
+        let Some(compiled) = compiled.get(&of) else { continue };
         said.extend(review::of(brane, &compiled.report));
         let (found, missing) = secrets_of(brane, &secrets);
         said.extend(missing);
@@ -350,10 +354,11 @@ async fn planned(control: &Control, source: &Source, workers: u32, generation: u
         branes.extend(planned);
     }
     let here = branes.iter().zip(&pinned).filter(|(_, pinned)| !**pinned).map(|(brane, _)| brane);
-    let memories: u64 = here.map(|b| u64::from(b.slots(workers)) * u64::from(b.needs.memories.max(1))).sum();
-    if memories > engine::MEMORIES_PER_WORKER {
-        let most = engine::MEMORIES_PER_WORKER;
-        let message = format!("{memories} instances in each worker, but the address space holds {most}");
+    let reserved: u64 = here.map(|b| b.address_space(workers)).sum();
+    if reserved > engine::ADDRESS_SPACE {
+        let (reserved, most) = (reserved >> 30, engine::ADDRESS_SPACE >> 30);
+        let message =
+            format!("the instances of a worker reserve {reserved} GiB of its address space, which has {most}");
         said.push(Diagnostic::error(0..0, message, "all of it together").help("fewer replicas"));
     }
     said.sort_by_key(|d| d.span.start);
@@ -365,8 +370,8 @@ async fn planned(control: &Control, source: &Source, workers: u32, generation: u
         control.words.borrow_mut().push(warning.message.clone());
     }
     let mut artefacts: Vec<_> = compiled.into_values().collect();
-    artefacts.sort_by(|a, b| a.digest.cmp(&b.digest));
-    artefacts.dedup_by(|a, b| a.digest == b.digest);
+    artefacts.sort_by_key(Artefact::name);
+    artefacts.dedup_by_key(|artefact| artefact.name());
     let sends = |brane: &plan::Brane| brane.grants.iter().any(|grant| matches!(grant, Capability::Http(_)));
     let roots = if branes.iter().any(sends) { source.roots()? } else { String::new() };
     let mut keepers = Vec::new();
@@ -410,6 +415,7 @@ fn planned_brane(
         image: brane.image.value.to_string(),
         digest: compiled.digest.clone(),
         artefact: compiled.name(),
+        reservation: compiled.reservation,
         needs,
         host: brane.ingress.host.as_ref().map(ToString::to_string),
         path: brane.ingress.path.clone(),
@@ -435,47 +441,57 @@ fn refused(name: &str, source: &str, said: &[Diagnostic]) -> anyhow::Error {
     anyhow::anyhow!(words)
 }
 
-/// Compiles each image once. Returns what became of them by image, and what went wrong with the others.
+/// What is reserved for each memory of a brane, in bytes. A pinned one has a process for each instance.
+fn reservation(brane: &Brane, workers: u32) -> u64 {
+    if brane.lifecycle == Lifecycle::Pinned {
+        return engine::WHOLE;
+    }
+    engine::reservation(plan::slots(brane.replicas, workers), brane.limits.mem_max.value)
+}
+
+/// Compiles each image once for each reservation. Returns what became of them, and what went wrong with the others.
 async fn compile_all(
     control: &Control,
     source: &Source,
     manifest: &Manifest,
-) -> (HashMap<String, Artefact>, Vec<Diagnostic>) {
+    workers: u32,
+) -> (HashMap<(String, u64), Artefact>, Vec<Diagnostic>) {
     let files = manifest.branes.iter().filter_map(|brane| match &brane.image.value {
-        Image::File(path) => Some((path.as_str(), brane)),
+        Image::File(path) => Some(((path.as_str(), reservation(brane, workers)), brane)),
         Image::Name { .. } => None,
     });
-    let files: BTreeMap<&str, &Brane> = files.collect();
+    let files: BTreeMap<(&str, u64), &Brane> = files.collect();
     let mut all = HashMap::with_capacity(files.len());
     let mut wrong = Vec::new();
     let mut working = futures_util::stream::iter(files)
-        .map(async |(path, brane)| (brane, compiled_file(control, source, path).await))
+        .map(async |((path, of), brane)| (of, brane, compiled_file(control, source, path, of).await))
         .buffer_unordered(MAX_COMPILERS);
-    while let Some((brane, outcome)) = working.next().await {
+    while let Some((of, brane, outcome)) = working.next().await {
         match outcome {
-            Ok(compiled) => drop(all.insert(brane.image.value.to_string(), compiled)),
+            Ok(compiled) => drop(all.insert((brane.image.value.to_string(), of), compiled)),
             Err(e) => wrong.push(Diagnostic::error(brane.image.span.clone(), format!("{e:#}"), "this image")),
         }
     }
     (all, wrong)
 }
 
-async fn compiled_file(control: &Control, source: &Source, path: &str) -> anyhow::Result<Artefact> {
+async fn compiled_file(control: &Control, source: &Source, path: &str, reservation: u64) -> anyhow::Result<Artefact> {
     let bytes = source.component(path)?;
-    compiled(control, &bytes).await.with_context(|| format!("compiling {path}"))
+    compiled(control, &bytes, reservation).await.with_context(|| format!("compiling {path}"))
 }
 
-async fn compiled(control: &Control, component: &[u8]) -> anyhow::Result<Artefact> {
+async fn compiled(control: &Control, component: &[u8], reservation: u64) -> anyhow::Result<Artefact> {
     let digest = Sha256::digest(component).iter().fold(String::new(), |mut hex, byte| {
         let _ = write!(hex, "{byte:02x}");
         hex
     });
-    if let Some(artefact) = control.compiled.borrow().get(&digest) {
+    let of = (digest, reservation);
+    if let Some(artefact) = control.compiled.borrow().get(&of) {
         return Ok(artefact.try_clone()?);
     }
     let compiler = Channel::new(control.init.compiler(control.ticket()).await?)?;
     let file = sealed("component", component)?;
-    compiler.send(&Word::Compile, &[file.as_fd()]).await?;
+    compiler.send(&Word::Compile { reservation }, &[file.as_fd()]).await?;
     let (Word::Done, files) = compiler.receive::<Word>().await.context("the compiler ended without an answer")? else {
         anyhow::bail!("the compiler did not answer");
     };
@@ -486,8 +502,8 @@ async fn compiled(control: &Control, component: &[u8]) -> anyhow::Result<Artefac
         anyhow::bail!("{error}");
     }
     let file = files.next().context("the compiler sent no artefact")?;
-    let artefact = control.key.vouch(&digest, report, file).context("the compiler sent an artefact that")?;
-    control.compiled.borrow_mut().insert(digest, artefact.try_clone()?);
+    let artefact = control.key.vouch(&of.0, reservation, report, file).context("the compiler sent an artefact that")?;
+    control.compiled.borrow_mut().insert(of, artefact.try_clone()?);
     Ok(artefact)
 }
 
@@ -507,6 +523,7 @@ mod tests {
             image: "file:./counter.wasm".into(),
             digest: "d1".into(),
             artefact: "artefact-d1".into(),
+            reservation: engine::WHOLE,
             needs: plan::Needs { memories: 1, initial_memory: 1 << 17, tables: 1, table_elements: 1 },
             host: None,
             path: "/counter".into(),

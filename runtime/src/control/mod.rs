@@ -113,8 +113,8 @@ pub struct Control {
     /// The plans of all generations that have workers, for the names of their branes.
     plans: RefCell<BTreeMap<u32, Rc<Plan>>>,
     log: log::History,
-    /// Components that were compiled and serve, by digest.
-    compiled: RefCell<HashMap<String, Artefact>>,
+    /// Components that were compiled and serve, by digest and by what is reserved for a memory.
+    compiled: RefCell<HashMap<(String, u64), Artefact>>,
     key: Key,
     past: RefCell<Past>,
     /// What the last deploy failed with, or warned about.
@@ -225,7 +225,7 @@ impl Control {
             self.say(&format!("compiled anew when it is next asked for: {wrong}")).await;
         }
         let known = artefacts.len();
-        self.compiled.borrow_mut().extend(artefacts.into_iter().map(|a| (a.digest.clone(), a)));
+        self.compiled.borrow_mut().extend(artefacts.into_iter().map(|a| ((a.digest.clone(), a.reservation), a)));
         let keepers = if keepers > 0 { format!(" and {keepers} keepers") } else { String::new() };
         let words = format!("{branes} branes, {workers} workers{keepers}, {known} artefacts");
         self.say(&format!("took over generation {generation}: {words}")).await;
