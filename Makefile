@@ -123,7 +123,8 @@ bench: setup out/bin/gaia out/bin/gaia-bench $(BRANES) ## measure beside others,
 		$(if $(DURATION),--duration $(DURATION)) $(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(BENCH)
 
 .PHONY: soak
-soak: ready image test-image ## the tests that boot the appliance, in their long versions
+soak: ready image test-image out/interfaces ## the tests that boot the appliance, and that of reuse, in their long versions
+	@GAIA_SOAK=1 cargo test $(FLAGS) --test reuse -- --nocapture
 	@GAIA_SOAK=1 cargo test $(FLAGS) --test it -- --test-threads=1
 
 .PHONY: image
@@ -167,7 +168,7 @@ clippy:
 
 .PHONY: unit
 unit: out/interfaces
-	@cargo test $(FLAGS) --lib --bins --test golden --test properties --test link
+	@cargo test $(FLAGS) --lib --bins --test golden --test properties --test link --test reuse
 	@cargo test $(FLAGS) --doc
 	@cargo test $(FLAGS) -p gaia-branes --lib
 	@cargo test $(FLAGS) -p gaia-egress

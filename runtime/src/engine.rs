@@ -3,7 +3,8 @@
 //! What shapes machine code is in `base`, so that what compile makes is what a worker may map; what shapes memory
 //! is in [`for_worker`]. Each setting has its reason beside it; figures are measured by `make bench` unless said.
 
-use wasmtime::{Config, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
+use wasmtime::error::Context as _;
+use wasmtime::{Config, Engine, Instance, InstanceAllocationStrategy, Module, PoolingAllocationConfig, Store};
 
 use crate::plan::Needs;
 
@@ -27,7 +28,7 @@ const CORE_INSTANCES: u32 = 64;
 const TABLE_ELEMENTS: usize = 20_000;
 /// Linear memory that is cleared in place and kept when an instance is released, in bytes: most small guests touch
 /// less, and then a release costs no page fault later.
-const KEEP_RESIDENT: usize = 192 * 1024;
+pub const KEEP_RESIDENT: usize = 192 * 1024;
 
 /// What is reserved for each memory of a brane with so many instances in a worker, in bytes. Machine code depends on it.
 #[must_use]
@@ -65,12 +66,10 @@ pub fn for_compiler(reservation: u64) -> wasmtime::Result<Engine> {
     Engine::new(&base(reservation))
 }
 
-/// An engine and pool of one brane in one worker: `slots` instances, each of which may have what `needs` says and
-/// `mem_max` bytes of linear memory, for each of which so much is reserved.
-///
-/// # Errors
-/// If the pool cannot be reserved: too many slots of too much address space.
-pub fn for_worker(needs: &Needs, mem_max: u64, slots: u32, reservation: u64) -> wasmtime::Result<Engine> {
+/// The pool of one brane in one worker: `slots` instances, each of which may have what `needs` says and `mem_max` bytes of
+/// linear memory.
+#[must_use]
+pub fn pool(needs: &Needs, mem_max: u64, slots: u32) -> PoolingAllocationConfig {
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(slots)
         .total_core_instances(slots.saturating_mul(CORE_INSTANCES))
@@ -82,11 +81,43 @@ pub fn for_worker(needs: &Needs, mem_max: u64, slots: u32, reservation: u64) -> 
         .max_tables_per_component(needs.tables)
         .table_elements(usize::try_from(needs.table_elements).unwrap_or(usize::MAX).max(TABLE_ELEMENTS))
         .max_memory_size(usize::try_from(mem_max).unwrap_or(usize::MAX))
+        // Not by what the kernel says was written (`pagemap_scan`): a page that is on its way elsewhere at that moment would be
+        // left as it is (docs/memory.md).
         .linear_memory_keep_resident(KEEP_RESIDENT)
         .table_keep_resident(64 * 1024)
         // Above 1 it needs process_madvise, which fails with EBADF in a sealed worker.
         .decommit_batch_size(1);
+    pool
+}
+
+/// An engine with this pool, for each of whose memories so much is reserved.
+///
+/// # Errors
+/// If the pool cannot be reserved: too many slots of too much address space.
+pub fn for_worker(pool: PoolingAllocationConfig, reservation: u64) -> wasmtime::Result<Engine> {
     let mut config = base(reservation);
     config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     Engine::new(&config)
+}
+
+/// A module that has an empty memory, exports it as `m`, and does nothing.
+const EMPTY_MEMORY: &[u8] = b"\0asm\x01\0\0\0\x05\x03\x01\0\0\x07\x05\x01\x01m\x02\0";
+
+/// Where the engine's pool has its memories: an address for each of `number`, which is how many it has. All of them must be
+/// free. A component's instance does not tell; so each slot is given to an empty memory for a moment. Each must have room for a page.
+///
+/// # Errors
+/// If there are fewer.
+pub fn memories(engine: &Engine, number: u32) -> wasmtime::Result<Vec<usize>> {
+    let module = Module::from_binary(engine, EMPTY_MEMORY)?;
+    let mut held = Vec::new();
+    let mut addresses = Vec::new();
+    for _ in 0..number {
+        let mut store = Store::new(engine, ());
+        let instance = Instance::new(&mut store, &module, &[])?;
+        let memory = instance.get_memory(&mut store, "m").context("no memory")?;
+        addresses.push(memory.data_ptr(&store).addr());
+        held.push(store);
+    }
+    Ok(addresses)
 }

@@ -1,4 +1,5 @@
-//! Makes a component for each interface of WASI 0.2, as a toolchain makes it, into a folder: `gaia-interfaces FOLDER`.
+//! Makes a component for each interface of WASI 0.2, as a toolchain makes it, and some that no toolchain makes, into a folder:
+//! `gaia-interfaces FOLDER`.
 //!
 //! A program of its own, because the crates that make components switch on features of what Wasmtime stands on: in a test
 //! of the runtime they would have Wasmtime compiled twice.
@@ -10,6 +11,8 @@ use wit_component::{ComponentEncoder, StringEncoding, dummy_module, embed_compon
 use wit_parser::{ManglingAndAbi, Resolve};
 
 const WASI: &str = include_str!("wasi.wit");
+/// Not for the link stage, but for the test of reuse: no toolchain makes code that fills tables.
+const REUSE: &str = include_str!("reuse.wat");
 /// The oldest version that is compatible, and a later one.
 const VERSIONS: [&str; 2] = ["0.2.0", "0.2.3"];
 
@@ -30,6 +33,7 @@ fn main() -> Result<()> {
     let types = WASI.replace("now: func() -> datetime;", "");
     let world = "world one { use wasi:clocks/wall-clock@0.2.0.{datetime}; export f: func(d: datetime); }";
     std::fs::write(folder.join("types.wasm"), component(&types, world)?)?;
+    std::fs::write(folder.join("reuse.wasm"), wat::parse_str(REUSE)?)?;
     Ok(())
 }
 

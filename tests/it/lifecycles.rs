@@ -77,3 +77,37 @@ fn with_all_slots_taken_none_is_ready_and_afterwards_all_are_again() {
     assert!(ends.iter().filter(|line| line.ends_with(" pooled✓")).count() >= 12, "{ends:#?}");
     assert!(run.error.all().iter().chain(&run.output.all()).all(|line| !line.contains(" FAULT ")));
 }
+
+/// Would miss: a page of an instance's memory that the next one, through the whole worker, still finds as it was.
+#[test]
+fn a_fresh_instance_finds_nothing_of_what_others_wrote() {
+    const GRAPH: &str = r#"
+[brane.pool]
+image = "file:./secret.wasm"
+replicas = 2
+limits = { mem_max = "16 MiB" }
+
+[brane.fresh]
+image = "file:./secret.wasm"
+replicas = 1
+limits = { mem_max = "16 MiB" }
+execution = { lifecycle = "ephemeral" }
+"#;
+    let run = Folder::with(GRAPH).unwrap();
+    let run = run.run(&["--workers", "1"]).unwrap().serving().unwrap();
+    let number = |text: &str, before: &str| -> u64 {
+        let (_, rest) = text.split_once(before).unwrap_or_else(|| panic!("{text}"));
+        rest.split([',', '\n']).next().unwrap().parse().unwrap()
+    };
+    for brane in ["pool", "fresh"] {
+        let ask = |what| run.get(&format!("/{brane}?do={what}")).unwrap().text();
+        let both = ask("both");
+        let (wrote, found) = (number(&both, "wrote "), number(&both, "found "));
+        // Nearly all of what it may have, and its stack.
+        assert!(wrote > (12 << 20) / 8 && found >= wrote, "{both}");
+        for round in 0..150 {
+            assert!(number(&ask("write"), "wrote ") > (12 << 20) / 8);
+            assert_eq!(ask("look"), "found 0\n", "{brane}, round {round}");
+        }
+    }
+}

@@ -103,8 +103,8 @@ impl Brane {
         let host = plan.host.as_deref().map(gaia_manifest::Host::parse).transpose();
         let host = host.map_err(|e| wasmtime::format_err!("{e}")).map_err(at("host"))?;
         let slots = plan.slots(place.1);
-        let engine =
-            engine::for_worker(&plan.needs, plan.mem_max, slots, plan.reservation).map_err(at("engine and pool"))?;
+        let pool = engine::pool(&plan.needs, plan.mem_max, slots);
+        let engine = engine::for_worker(pool, plan.reservation).map_err(at("engine and pool"))?;
         let path = format!("/proc/self/fd/{}", artefact.as_raw_fd());
         // SAFETY: the artefact was made by this build's compiler, came through control and init alone, and is sealed:
         // nobody can have changed it since (checked by the caller).
