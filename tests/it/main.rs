@@ -14,6 +14,7 @@ mod lifecycles;
 mod limits;
 mod memory;
 mod pinned;
+mod pages;
 mod requests;
 mod run;
 mod sandbox;

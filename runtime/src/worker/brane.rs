@@ -17,6 +17,7 @@ use wasmtime_wasi_http::p2::bindings::{Proxy, ProxyPre};
 
 use super::host::{HANDLES, Host, Means};
 use super::memory::Held;
+use super::pages::Pages;
 use super::turns::{Replica, Replicas, Turns};
 use crate::capability::Granted;
 use crate::log::{Log, Subject};
@@ -26,6 +27,10 @@ use crate::{engine, link, plan, statistics};
 const FIRST_WITHIN: Duration = Duration::from_secs(20);
 /// Chunks of ended file systems that are freed at a time: 32 of 64 KiB take about 0.3 ms.
 const SLICE: usize = 32;
+/// So long after a brane's last request its slots give back what they have kept.
+const IDLE_AFTER: Duration = Duration::from_secs(10);
+/// Instances that take longer to start stay when a brane is idle.
+const CHEAP_START: Duration = Duration::from_millis(5);
 /// What one call to the host may move, in bytes. Writing to a stream is less: the guest asks first how much it may be.
 const HOST_CALL: usize = 1 << 20;
 
@@ -83,6 +88,12 @@ pub struct Brane {
     /// Instances that wait for a request, in the order in which they were made. With those at work never more than there are slots: whoever makes
     /// one has a slot meanwhile.
     ready: RefCell<Vec<Instance>>,
+    /// How long the quickest start took of those that were no request's own: others' turns are in all of them.
+    start: Cell<Duration>,
+    /// What is under its pool.
+    pages: Pages,
+    /// A task waits until nobody has asked for a while.
+    watched: Cell<bool>,
     running: RefCell<BTreeMap<u64, (Instant, Arc<Held>)>>,
 }
 
@@ -105,6 +116,7 @@ impl Brane {
         let slots = plan.slots(place.1);
         let pool = engine::pool(&plan.needs, plan.mem_max, slots);
         let engine = engine::for_worker(pool, plan.reservation).map_err(at("engine and pool"))?;
+        let pages = Pages::of(&engine, &plan.needs, plan.mem_max, slots).map_err(at("the pool's memories"))?;
         let path = format!("/proc/self/fd/{}", artefact.as_raw_fd());
         // SAFETY: the artefact was made by this build's compiler, came through control and init alone, and is sealed:
         // nobody can have changed it since (checked by the caller).
@@ -127,6 +139,9 @@ impl Brane {
             made: Cell::new(0),
             place,
             ready: RefCell::default(),
+            start: Cell::new(FIRST_WITHIN),
+            pages,
+            watched: Cell::default(),
             running: RefCell::default(),
         })
     }
@@ -151,11 +166,13 @@ impl Brane {
     /// Makes an instance, as part of what this replica may have of the core.
     async fn instance(&self, replica: Option<&Replica>) -> wasmtime::Result<Instance> {
         let mut instance = self.empty();
+        let began = Instant::now();
         let late = |_| wasmtime::format_err!("its start has not ended after {} s", FIRST_WITHIN.as_secs());
         let throttled = AtomicU64::default();
         let start = self.pre.instantiate_async(&mut instance.store);
         let start = tokio::time::timeout(FIRST_WITHIN, self.turns().run(start, None, replica, &throttled));
         instance.proxy = Some(start.await.map_err(late)??);
+        self.start.set(self.start.get().min(began.elapsed()));
         Ok(instance)
     }
 
@@ -295,8 +312,11 @@ impl Brane {
     }
 
     /// An instance that was at work is gone.
-    pub fn end(&self, serial: u64) {
-        self.running.borrow_mut().remove(&serial);
+    pub fn end(self: &Rc<Self>, serial: u64) {
+        if let Some((_, held)) = self.running.borrow_mut().remove(&serial) {
+            self.pages.ended(held.memory.load(Relaxed));
+        }
+        self.watch();
         self.count().busy.fetch_sub(1, Relaxed);
         self.reap();
     }
@@ -313,6 +333,36 @@ impl Brane {
                 means.reaping.set(false);
             });
         }
+    }
+
+    /// Once nobody has asked for a while, gives back what its slots have kept, and makes those that are to be ready anew.
+    fn watch(self: &Rc<Self>) {
+        if self.watched.replace(true) {
+            return;
+        }
+        let brane = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            loop {
+                let before = brane.count().requests.load(Relaxed);
+                tokio::time::sleep(IDLE_AFTER).await;
+                if brane.count().requests.load(Relaxed) == before && brane.gives_back() {
+                    break;
+                }
+            }
+            brane.watched.set(false);
+            brane.make_all_ready().await;
+        });
+    }
+
+    /// Gives back what its slots have kept, unless an instance is at work or in the making.
+    fn gives_back(&self) -> bool {
+        let idle = self.slots.available_permits() == self.plan.slots(self.place.1) as usize;
+        // Those that are ready are in these slots, and as good as new ones; to make some takes longer than it is worth.
+        if idle && (self.start.get() <= CHEAP_START || self.ready.borrow().is_empty()) {
+            self.shed();
+            self.pages.give_back();
+        }
+        idle
     }
 
     /// Instances that run now, with the milliseconds they have been running.

@@ -14,6 +14,7 @@ pub mod linger;
 pub mod link;
 pub mod memory;
 pub mod pinned;
+pub mod pages;
 pub mod route;
 pub mod serve;
 pub mod tls;
