@@ -6,6 +6,7 @@
 mod boot;
 mod capabilities;
 mod density;
+mod costs;
 mod egress;
 mod hostile;
 mod image;
