@@ -86,7 +86,7 @@ impl Slot {
         let (needs, artefact) = component;
         let mut pool = engine::pool(needs, MEM_MAX, 1);
         (reset.set)(&mut pool);
-        let engine = engine::for_worker(pool).unwrap();
+        let engine = engine::for_worker(pool, engine::WHOLE).unwrap();
         let began = Instant::now();
         let start = engine::memories(&engine, 1).unwrap()[0];
         println!("where the memory is, found in {:?}", began.elapsed());
@@ -215,7 +215,7 @@ fn component() -> (Needs, Vec<u8>) {
     // Relative to where cargo runs a test: its package.
     let path = "../out/interfaces/reuse.wasm";
     let bytes = fs::read(path).unwrap_or_else(|e| panic!("{path}: {e}; `make out/interfaces` makes it"));
-    let (report, artefact) = compile::compile(&bytes).unwrap();
+    let (report, artefact) = compile::compile(&bytes, engine::WHOLE).unwrap();
     (report.needs.unwrap(), artefact)
 }
 

@@ -5,8 +5,8 @@
 
 mod boot;
 mod capabilities;
-mod density;
 mod costs;
+mod density;
 mod egress;
 mod hostile;
 mod image;
@@ -14,8 +14,8 @@ mod ingress;
 mod lifecycles;
 mod limits;
 mod memory;
-mod pinned;
 mod pages;
+mod pinned;
 mod requests;
 mod run;
 mod sandbox;
