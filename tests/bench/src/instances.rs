@@ -29,7 +29,7 @@ pub struct Row {
     pub resident_kib: Option<f64>,
     /// KiB of page tables for each.
     pub tables_kib: Option<f64>,
-    /// The same together, without the [`TOUCHED_KIB`] of the guest itself.
+    /// The same together, without the 64 KiB that the guest itself touches.
     pub beyond_touched_kib: Option<f64>,
     /// Microseconds of the worker's processor time for each: connection, request, instance, 64 KiB touched.
     pub cpu_us: Option<f64>,
