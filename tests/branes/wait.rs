@@ -1,4 +1,5 @@
-//! Touches `?touch_kib=` KiB (default 0), waits `?sleep_ms=` milliseconds (default 0) and answers; or, with `?trickle_ms=`, answers at once with a body that goes on
+//! Touches `?touch_kib=` KiB (default 0), waits `?sleep_ms=` milliseconds (default 0), touches `?then_touch_kib=` KiB that it has asked for before (default
+//! 0) and answers; or, with `?trickle_ms=`, answers at once with a body that goes on
 //! byte by byte, one each so many milliseconds, for `?sleep_ms=` milliseconds in all.
 
 use std::time::Duration;
@@ -28,10 +29,14 @@ fn asked(request: &IncomingRequest) -> Result<(u64, u64), String> {
     Ok((gaia_branes::query_number(request, "sleep_ms", 0)?, gaia_branes::query_number(request, "trickle_ms", 0)?))
 }
 
-/// Memory of so many KiB, one byte written in each page of the host.
-fn touched(kib: u64) -> Vec<u8> {
-    let bytes = usize::try_from(kib).unwrap_or(0) * 1024;
-    let mut memory = Vec::<u8>::with_capacity(bytes);
+/// Memory of as many KiB as the query says.
+fn asked_for(request: &IncomingRequest, name: &str) -> Vec<u8> {
+    let kib = gaia_branes::query_number(request, name, 0).unwrap_or(0);
+    Vec::with_capacity(usize::try_from(kib).unwrap_or(0) * 1024)
+}
+
+/// The same with one byte written in each page of the host.
+fn touched(mut memory: Vec<u8>) -> Vec<u8> {
     memory.spare_capacity_mut().iter_mut().step_by(4096).for_each(|byte| _ = byte.write(1));
     memory
 }
@@ -41,10 +46,12 @@ struct Wait;
 impl Guest for Wait {
     fn handle(request: IncomingRequest, out: ResponseOutparam) {
         // Held while it waits.
-        let _memory = std::hint::black_box(touched(gaia_branes::query_number(&request, "touch_kib", 0).unwrap_or(0)));
+        let _memory = std::hint::black_box(touched(asked_for(&request, "touch_kib")));
+        let later = std::hint::black_box(asked_for(&request, "then_touch_kib"));
         match asked(&request) {
             Ok((sleep, 0)) => {
                 std::thread::sleep(Duration::from_millis(sleep));
+                std::hint::black_box(touched(later));
                 gaia_branes::answer(out, 200, &format!("waited {sleep} ms\n"));
             }
             Ok((sleep, pause)) => trickle(out, Duration::from_millis(pause), sleep / pause),

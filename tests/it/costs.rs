@@ -140,13 +140,13 @@ fn a_warm_request_makes_few_system_calls_and_takes_no_memory_from_the_kernel() {
         println!("{table}");
         // One each, and a little for what is due by time and not by request: beats, keys of hash tables.
         for call in [libc::SYS_epoll_pwait, libc::SYS_recvfrom, libc::SYS_writev] {
-            assert!((0.98..=1.05).contains(&number(call)), "{table}");
+            assert!((0.98..=1.2).contains(&number(call)), "{table}");
         }
         for call in [libc::SYS_mmap, libc::SYS_munmap, libc::SYS_brk, libc::SYS_mremap, libc::SYS_madvise] {
             assert!(number(call) <= 0.02, "{table}");
         }
         let all = of_each(calls.values().sum());
-        assert!(all <= 3.3, "{all:.2}: {table}");
+        assert!(all <= 3.7, "{all:.2}: {table}");
         assert!(faults <= 0.5, "{table}");
     }
 }

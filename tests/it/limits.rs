@@ -236,6 +236,11 @@ replicas = 24
 image = "file:./grow.wasm"
 replicas = 24
 
+[brane.late]
+image = "file:./wait.wasm"
+replicas = 24
+capability = { clock = { resolution = "ms" } }
+
 [brane.quiet]
 image = "file:./hello.wasm"
 replicas = 4
@@ -243,6 +248,12 @@ replicas = 4
 
 /// What the workers may have, in MiB: a tenth of what the guests ask for.
 const BUDGET_MIB: u64 = 256;
+
+/// What the guests of so many clients are asked: to touch what they get at once, to take as much as they can get, and to touch
+/// it only when all others have theirs, too. That is when too much was granted.
+fn wants_all(client: usize) -> &'static str {
+    ["/touch", "/grow?mib=60", "/late?then_touch_kib=32768&sleep_ms=300"][client % 3]
+}
 
 /// A number of KiB in a process's status.
 fn kib(pid: i64, name: &str) -> u64 {
@@ -265,7 +276,7 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
     let got = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..48)
             .map(|client| {
-                let path = if client % 2 == 0 { "/touch" } else { "/grow?mib=60" };
+                let path = wants_all(client);
                 let run = &run;
                 scope.spawn(move || {
                     let mut answers = Vec::new();
@@ -285,10 +296,10 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
     });
     most = most.max(kib(pid, "VmHWM"));
     let count = |what: &dyn Fn(&http::Answer) -> bool| got.iter().filter(|answer| what(answer)).count();
-    let whole = count(&|a| a.status == 200 && (a.text() == "got 60 of 60 MiB\n" || a.text().starts_with("touched")));
+    let whole = count(&|a| a.status == 200 && !a.text().starts_with("got") || a.text() == "got 60 of 60 MiB\n");
     let less = count(&|a| a.status == 200) - whole;
     let (trapped, ended) = (count(&|a| a.status == 500), count(&|a| a.status == 503));
-    let killed = run.of("touch", "killed").unwrap() + run.of("grow", "killed").unwrap();
+    let killed: u64 = ["touch", "grow", "late"].iter().map(|brane| run.of(brane, "killed").unwrap()).sum();
     println!(
         "at most {} MiB of {BUDGET_MIB}; of {} guests {whole} got all, {less} less, {trapped} trapped, {ended} were ended; \
          {answers} answers of the other brane",
@@ -308,7 +319,7 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
             .iter()
             .any(|line| line.contains(" quiet") && !line.contains(" RES 200 ") && !line.contains(" END "))
     );
-    for brane in ["grow", "touch"] {
+    for brane in ["grow", "touch", "late"] {
         run.until(brane, "busy", |n| n == 0).unwrap();
     }
     assert_eq!(run.get("/grow?mib=60").unwrap().text(), "got 60 of 60 MiB\n", "there is enough again");
@@ -333,7 +344,7 @@ fn on_the_appliance_the_kernel_has_nobody_to_kill() {
     let mut quiet = 0;
     let got = std::thread::scope(|scope| {
         let client = |client: usize| {
-            let path = if client.is_multiple_of(2) { "/touch" } else { "/grow?mib=60" };
+            let path = wants_all(client);
             scope.spawn(move || {
                 // QEMU's user network listens with a queue of one (`ss -ltn` shows it). Of connections that are made at
                 // once, the others wait on this side for their retransmissions, which come at once again: on the wire to

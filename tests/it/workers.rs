@@ -286,7 +286,10 @@ fn however_a_worker_crashes_it_is_replaced_and_the_other_does_not_notice() {
     });
     let lost = run.ask("status").unwrap()["lost"].as_u64().unwrap();
     println!("{} answered, {} failed, {lost} were inside; slowest {:?}", load.answered, load.failed, load.slowest);
-    assert!(load.answered > 100 && load.failed as u64 <= lost, "{} failed, {lost} were inside", load.failed);
+    // A crash may come between what a worker did for a request and its counting it; and the first of the signals that stand for a
+    // fault may end a guest, as a fault of its own would.
+    let most = lost + signals.len() as u64;
+    assert!(load.answered > 100 && load.failed as u64 <= most, "{} failed, {lost} were inside", load.failed);
     assert!(load.slowest < Duration::from_secs(2), "a request waited for {:?}", load.slowest);
     assert!(run.interrupt().unwrap().success());
 }

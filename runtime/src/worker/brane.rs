@@ -29,6 +29,8 @@ const FIRST_WITHIN: Duration = Duration::from_secs(20);
 const SLICE: usize = 32;
 /// So long after a brane's last request its slots give back what they have kept.
 const IDLE_AFTER: Duration = Duration::from_secs(10);
+/// Slots that give back at a time.
+const SLOTS: usize = 32;
 /// Instances that take longer to start stay when a brane is idle.
 const CHEAP_START: Duration = Duration::from_millis(5);
 /// What one call to the host may move, in bytes. Writing to a stream is less: the guest asks first how much it may be.
@@ -218,6 +220,8 @@ impl Brane {
             if !self.make_ready(slot, replica.as_ref()).await {
                 return;
             }
+            // Others are served meanwhile.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -313,9 +317,7 @@ impl Brane {
 
     /// An instance that was at work is gone.
     pub fn end(self: &Rc<Self>, serial: u64) {
-        if let Some((_, held)) = self.running.borrow_mut().remove(&serial) {
-            self.pages.ended(held.memory.load(Relaxed));
-        }
+        self.running.borrow_mut().remove(&serial);
         self.watch();
         self.count().busy.fetch_sub(1, Relaxed);
         self.reap();
@@ -345,24 +347,44 @@ impl Brane {
             loop {
                 let before = brane.count().requests.load(Relaxed);
                 tokio::time::sleep(IDLE_AFTER).await;
-                if brane.count().requests.load(Relaxed) == before && brane.gives_back() {
-                    break;
+                if brane.count().requests.load(Relaxed) == before && brane.is_idle() {
+                    let all = brane.gives_back().await;
+                    Rc::clone(&brane).make_all_ready().await;
+                    if all {
+                        break;
+                    }
                 }
             }
             brane.watched.set(false);
-            brane.make_all_ready().await;
         });
     }
 
-    /// Gives back what its slots have kept, unless an instance is at work or in the making.
-    fn gives_back(&self) -> bool {
-        let idle = self.slots.available_permits() == self.plan.slots(self.place.1) as usize;
-        // Those that are ready are in these slots, and as good as new ones; to make some takes longer than it is worth.
-        if idle && (self.start.get() <= CHEAP_START || self.ready.borrow().is_empty()) {
-            self.shed();
-            self.pages.give_back();
+    /// No instance is at work or in the making.
+    fn is_idle(&self) -> bool {
+        self.slots.available_permits() == self.plan.slots(self.place.1) as usize
+    }
+
+    /// Gives back what its slots have kept, a little at a time, as others have their turns meanwhile; false if it was asked before
+    /// that was done.
+    async fn gives_back(&self) -> bool {
+        // Those that are ready are in these slots, and as good as new ones; unless to make some takes longer than it is worth.
+        if self.start.get() > CHEAP_START && !self.ready.borrow().is_empty() {
+            return true;
         }
-        idle
+        loop {
+            let Some(one) = self.ready.borrow_mut().pop() else { break };
+            self.count().ready.fetch_sub(1, Relaxed);
+            drop(one);
+            tokio::task::yield_now().await;
+        }
+        for some in self.pages.memories.chunks(SLOTS) {
+            if !self.is_idle() || !self.ready.borrow().is_empty() {
+                return false;
+            }
+            self.pages.give_back(some);
+            tokio::task::yield_now().await;
+        }
+        true
     }
 
     /// Instances that run now, with the milliseconds they have been running.

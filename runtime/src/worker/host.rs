@@ -267,7 +267,7 @@ impl Memory {
         }
         let more = desired.saturating_sub(current);
         // What it starts with it gets: a start that fails is a fault, a growth that is refused is not.
-        let due = |used: usize| current == 0 || used <= ALWAYS || self.pressure.is_low();
+        let due = |used: usize| current == 0 || used <= ALWAYS || self.pressure.grant(more as u64);
         match self.used.checked_add(more) {
             Some(used) if used.saturating_add(self.host) <= self.most && due(used) => {
                 (self.used, self.granted) = (used, more);

@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use anyhow::Context as _;
 use gaia_tmpfs::Budget;
@@ -58,13 +58,21 @@ pub struct Meter {
     field: usize,
     unit: u64,
     marks: Marks,
+    /// How many workers read the same count, each of which may grant its part of what is left.
+    workers: u64,
 }
 
 impl Meter {
     /// Of a cgroup's `memory.current`, whose `limit` so many workers share.
     #[must_use]
     pub fn of_group(current: OwnedFd, limit: u64, workers: u32) -> Self {
-        Self { file: current.into(), field: 0, unit: 1, marks: Marks::of(limit, workers) }
+        Self {
+            file: current.into(),
+            field: 0,
+            unit: 1,
+            marks: Marks::of(limit, workers),
+            workers: workers.max(1).into(),
+        }
     }
 
     /// Of this process alone, which may have `limit` bytes.
@@ -75,7 +83,7 @@ impl Meter {
         let path = "/proc/self/statm";
         let file = File::open(path).context(path)?;
         let unit = rustix::param::page_size() as u64;
-        Ok(Self { file, field: 1, unit, marks: Marks::of(limit, 1) })
+        Ok(Self { file, field: 1, unit, marks: Marks::of(limit, 1), workers: 1 })
     }
 
     /// Bytes now.
@@ -88,20 +96,48 @@ impl Meter {
     }
 }
 
+/// Readings for which a grant counts as used whether or not it has been touched. A guest that fills huge pages takes 16 GiB/s: what
+/// it was granted just before a reading is there before the next one tells.
+const GRANTS: usize = 3;
+
 /// How much guests have touched, seen from the marks. Written by the thread that ticks, read by all.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pressure {
     /// Bytes beyond the first mark; 0 while there is enough.
     beyond_near: AtomicU64,
     /// Bytes beyond the second.
     beyond_over: AtomicU64,
+    /// This worker's part of the bytes that were left below the first mark at the last reading.
+    left: AtomicU64,
+    /// Bytes granted since that reading, and between those before it.
+    granted: [AtomicU64; GRANTS],
+    /// Which of them is the newest.
+    newest: AtomicUsize,
     wake: Notify,
+}
+
+/// Without a meter there is no end.
+impl Default for Pressure {
+    fn default() -> Self {
+        Self {
+            beyond_near: AtomicU64::default(),
+            beyond_over: AtomicU64::default(),
+            left: AtomicU64::new(u64::MAX),
+            granted: Default::default(),
+            newest: AtomicUsize::default(),
+            wake: Notify::default(),
+        }
+    }
 }
 
 impl Pressure {
     /// Reads the meter. What cannot be read changes nothing.
     pub fn read(&self, meter: &Meter) {
         let Ok(now) = meter.read() else { return };
+        let next = (self.newest.load(Relaxed) + 1) % GRANTS;
+        self.granted[next].store(0, Relaxed);
+        self.newest.store(next, Relaxed);
+        self.left.store(meter.marks.near.saturating_sub(now) / meter.workers, Relaxed);
         self.beyond_near.store(now.saturating_sub(meter.marks.near), Relaxed);
         self.beyond_over.store(now.saturating_sub(meter.marks.over), Relaxed);
         if !self.is_low() {
@@ -109,10 +145,20 @@ impl Pressure {
         }
     }
 
-    /// Whether anything may grow.
+    /// Whether there is enough.
     #[must_use]
     pub fn is_low(&self) -> bool {
         self.beyond_near.load(Relaxed) == 0
+    }
+
+    /// Grants so many bytes, if there will still be enough when they and what was granted just before are touched.
+    pub fn grant(&self, bytes: u64) -> bool {
+        let recent: u64 = self.granted.iter().map(|granted| granted.load(Relaxed)).sum();
+        let granted = self.is_low() && recent.saturating_add(bytes) <= self.left.load(Relaxed);
+        if granted {
+            self.granted[self.newest.load(Relaxed) % GRANTS].fetch_add(bytes, Relaxed);
+        }
+        granted
     }
 
     /// Waits until it is beyond the first mark.
@@ -131,8 +177,8 @@ impl Pressure {
 
 /// File systems take only while there is enough; what they took counts when it is touched, like all else.
 impl Budget for Pressure {
-    fn take(&self, _: u64) -> bool {
-        self.is_low()
+    fn take(&self, bytes: u64) -> bool {
+        self.grant(bytes)
     }
 
     fn give_back(&self, _: u64) {}
@@ -232,6 +278,27 @@ mod tests {
         let touched = std::hint::black_box(vec![1_u8; 32 << 20]);
         assert!(own.read().unwrap() >= before + (30 << 20), "{before}");
         drop(touched);
+    }
+
+    /// Would miss: guests that are each granted what is left, before any of them has touched it.
+    #[test]
+    fn what_was_granted_counts_until_the_readings_must_have_seen_it() {
+        let mut group = tempfile();
+        let meter = Meter::of_group(group.try_clone().unwrap().into(), 256 << 20, 1);
+        let pressure = Pressure::default();
+        assert!(pressure.grant(1 << 40), "without a meter");
+        writeln!(group, "{}", 84 << 20).unwrap();
+        for _ in 0..GRANTS {
+            pressure.read(&meter);
+        }
+        assert!(pressure.grant(60 << 20));
+        assert!(!pressure.grant(41 << 20), "100 MiB were left");
+        assert!(pressure.grant(40 << 20));
+        pressure.read(&meter);
+        pressure.read(&meter);
+        assert!(!pressure.grant(1), "none of it has been touched yet");
+        pressure.read(&meter);
+        assert!(pressure.grant(100 << 20), "it had its time");
     }
 
     fn tempfile() -> File {

@@ -2,15 +2,14 @@
 //!
 //! ```text
 //!  a slot   0            192 KiB   2 MiB          what its component declares     what it grows to         mem_max
-//!           │ kept, zeroed │       │ single pages │                               │ huge pages, once advised │
+//!           │ kept, zeroed │       │ single pages │                               │ huge pages │
 //! ```
 //!
-//! What a component declares may never be touched; what an instance asks for while it runs it is about to touch. So a brane
-//! is advised (`MADV_HUGEPAGE`) once its instances regularly grow by some MiB, and only from where growth begins: the
-//! kernel puts a huge page only where 2 MiB of it have been granted, so a small instance never gets one. Whether the advice
-//! counts is init's policy. A release gives huge pages back as it does single ones.
-
-use std::cell::Cell;
+//! What a component declares may never be touched; what an instance asks for while it runs it is about to touch. So the part
+//! of each slot where growth begins is advised (`MADV_HUGEPAGE`): the kernel puts a huge page only where 2 MiB of it have been
+//! granted, so an instance that stays small never gets one. Whether the advice counts is init's policy. It is given before any
+//! instance is there: a slot that has had single pages keeps their tables, and the kernel (before Linux 6.14) puts no huge page
+//! over a table. A release gives huge pages back as it does single ones.
 
 use rustix::mm::{Advice, madvise};
 use wasmtime::Engine;
@@ -20,63 +19,44 @@ use crate::plan::Needs;
 
 /// Bytes of a huge page.
 const HUGE: usize = 2 << 20;
-/// Growth from which on huge pages pay, in bytes: two of them fit, wherever it begins.
-const GROWTH: u64 = 4 << 20;
-/// Instances in excess of those that grew less, after which a brane is advised.
-const REGULARLY: u32 = 4;
+/// Memories beyond which a pool is left as it is: each that is advised is two mappings more, and a process may not have any number.
+const MEMORIES: usize = 1024;
 
-/// Where a brane's pool has its memories, and what is known of their use.
+/// Where a brane's pool has its memories.
 #[derive(Debug)]
 pub struct Pages {
     /// Where each begins.
-    memories: Vec<usize>,
+    pub memories: Vec<usize>,
     /// Bytes that each may have.
     most: usize,
-    /// Bytes that an instance begins with.
-    declared: u64,
-    /// Instances that grew, less those that did not; 0 at least.
-    grew: Cell<u32>,
-    advised: Cell<bool>,
 }
 
 impl Pages {
-    /// Of this engine's pool, which has so many slots and has not been used.
+    /// Of this engine's pool, which has so many slots and has not been used: it is advised.
     ///
     /// # Errors
     /// As [`engine::memories`].
     pub fn of(engine: &Engine, needs: &Needs, mem_max: u64, slots: u32) -> wasmtime::Result<Self> {
         let most = usize::try_from(mem_max).unwrap_or(usize::MAX);
         let memories = engine::memories(engine, slots.saturating_mul(needs.memories))?;
-        let (grew, advised) = Default::default();
-        Ok(Self { memories, most, declared: needs.initial_memory, grew, advised })
-    }
-
-    /// An instance has ended that had been granted so many bytes.
-    pub fn ended(&self, granted: u64) {
-        if self.advised.get() {
-            return;
-        }
-        let grew = self.grew.get();
-        let grew = if granted >= self.declared + GROWTH { grew + 1 } else { grew.saturating_sub(1) };
-        self.grew.set(grew);
-        if grew >= REGULARLY {
-            self.advised.set(true);
+        let pages = Self { memories, most };
+        if pages.memories.len() <= MEMORIES {
             // Not below the first huge page: a release would clear its beginning, keep that, and give back the rest, for which
             // the kernel has to split it.
-            let from = usize::try_from(self.declared).unwrap_or(usize::MAX).max(HUGE);
-            self.advise(from, Advice::LinuxHugepage);
+            let from = usize::try_from(needs.initial_memory).unwrap_or(usize::MAX).max(HUGE);
+            pages.advise(&pages.memories, from, Advice::LinuxHugepage);
         }
+        Ok(pages)
     }
 
-    /// Gives back what the slots' memories hold beyond what their components declare. Only while no instance has any of them.
-    pub fn give_back(&self) {
+    /// Gives back what some of the slots' memories hold. Only while no instance has any of them.
+    pub fn give_back(&self, memories: &[usize]) {
         // A private mapping is then again what it is a mapping of: the component's data, or zeroes, as a reset leaves it.
-        self.advise(0, Advice::LinuxDontNeed);
+        self.advise(memories, 0, Advice::LinuxDontNeed);
     }
 
-    /// The advice does not change what a free slot holds.
-    fn advise(&self, from: usize, advice: Advice) {
-        for start in &self.memories {
+    fn advise(&self, memories: &[usize], from: usize, advice: Advice) {
+        for start in memories {
             // Whole pages, huge ones where it is about them.
             let unit = if advice == Advice::LinuxHugepage { HUGE } else { 1 };
             let from = start.saturating_add(from).next_multiple_of(unit);
