@@ -110,13 +110,23 @@ fn each_request_is_answered_as_the_contract_says() {
         .sum::<u64>();
     assert!(written > 1000, "{written} bytes of output");
 
-    // More at once than there are instances: they wait their turn, and those whose turn cannot come are told so.
-    let answers: Vec<u16> = std::thread::scope(|scope| {
-        let all: Vec<_> = (0..12).map(|_| scope.spawn(|| status("/burn?n=100000000000"))).collect();
-        all.into_iter().map(|t| t.join().unwrap()).collect()
-    });
-    assert!(answers.iter().all(|s| [503, 504].contains(s)), "{answers:?}");
-    assert!(answers.contains(&504) && answers.contains(&503), "both a missed deadline and a full queue: {answers:?}");
+    // More at once than there are instances: they wait their turn, and those whose turn cannot come are told so. On a machine so
+    // slow that they come one after the other, each may still get the place of one whose deadline was before its own.
+    let at_once = || -> Vec<u16> {
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..12).map(|_| scope.spawn(|| status("/burn?n=100000000000"))).collect();
+            all.into_iter().map(|t| t.join().unwrap()).collect()
+        })
+    };
+    let mut answers = Vec::new();
+    for _ in 0..10 {
+        answers = at_once();
+        assert!(answers.contains(&504) && answers.iter().all(|s| [503, 504].contains(s)), "{answers:?}");
+        if answers.contains(&503) {
+            break;
+        }
+    }
+    assert!(answers.contains(&503), "a missed deadline and no full queue: {answers:?}");
     hello_is_well();
     // The trap's cause is in the log, under the name that the client was told.
     let name = trapped.text().rsplit(' ').next().unwrap().trim().to_owned();
