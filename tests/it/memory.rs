@@ -10,7 +10,7 @@ const IDLE_KIB: u64 = 64 * 1024;
 const MACHINE_MIB: u32 = 512;
 /// Idle means that the boot is over: for some seconds after it, the kernel keeps freed pages in lists per processor,
 /// where they count neither as free nor as available.
-const SETTLED_WITHIN: Duration = Duration::from_mins(1);
+const SETTLED_WITHIN: Duration = Duration::from_mins(2);
 
 /// Would miss: a role, a pool or a kernel table that takes memory before there is anything to serve.
 #[test]
