@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use gaia_tests::soak;
-use gaia_tests::workstation::{Folder, Run};
+use gaia_tests::workstation::{Folder, Run, kib};
 use tokio::net::TcpStream;
 
 /// What each guest is asked to touch; its stack, its data and its allocator's own pages come on top.
@@ -47,14 +47,7 @@ fn workers(run: &Run) -> Vec<i64> {
 
 /// Resident memory and page tables of all workers, in KiB.
 fn memory(run: &Run) -> u64 {
-    let of = |pid: i64| {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let kib = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
-            line.trim().split(' ').next().unwrap().parse::<u64>().unwrap()
-        };
-        kib("VmRSS") + kib("VmPTE")
-    };
+    let of = |pid: i64| kib(pid, "VmRSS").unwrap() + kib(pid, "VmPTE").unwrap();
     workers(run).into_iter().map(of).sum()
 }
 

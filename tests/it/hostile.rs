@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use gaia_tests::http;
-use gaia_tests::workstation::{Folder, Run};
+use gaia_tests::workstation::{Folder, Run, kib};
 
 const GRAPH: &str = r#"
 [brane.hello]
@@ -25,9 +25,7 @@ body_max = "1 MiB"
 /// What the worker holds: descriptors, and resident memory in KiB.
 fn holds(pid: i64) -> (usize, u64) {
     let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let resident = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
-    (files, resident.trim().split(' ').next().unwrap().parse().unwrap())
+    (files, kib(pid, "VmRSS").unwrap())
 }
 
 /// Waits until nothing of any request is left in the worker.

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use gaia_tests::workstation::{Folder, Run};
+use gaia_tests::workstation::{Folder, Run, kib};
 use gaia_tests::{Appliance, Setup, http};
 
 /// Rounds of `burn` that do not end.
@@ -256,13 +256,6 @@ fn wants_all(client: usize) -> &'static str {
     ["/touch", LATE, "/grow?mib=60", LATE][client % 4]
 }
 
-/// A number of KiB in a process's status.
-fn kib(pid: i64, name: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
-    line.trim().split(' ').next().unwrap().parse().unwrap()
-}
-
 /// Would miss: guests that take what the machine has, together; one whose end costs the others their answer; a worker that
 /// is ended instead.
 #[test]
@@ -271,7 +264,7 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
     let memory = format!("{BUDGET_MIB}MiB");
     let run = folder.run(&["--workers", "1", "--memory", &memory]).unwrap().serving().unwrap();
     let pid = run.worker().unwrap();
-    println!("before: {} MiB", kib(pid, "VmRSS") / 1024);
+    println!("before: {} MiB", kib(pid, "VmRSS").unwrap() / 1024);
     let (mut most, mut answers) = (0, 0);
     let began = Instant::now();
     let killed = || ["touch", "grow", "late"].iter().map(|brane| run.of(brane, "killed").unwrap()).sum::<u64>();
@@ -303,12 +296,12 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
                 panic!("{answer:?}");
             }
             answers += 1;
-            most = most.max(kib(pid, "VmRSS"));
+            most = most.max(kib(pid, "VmRSS").unwrap());
         }
         over.store(true, Relaxed);
         clients.into_iter().flat_map(|client| client.join().unwrap()).collect::<Vec<_>>()
     });
-    most = most.max(kib(pid, "VmHWM"));
+    most = most.max(kib(pid, "VmHWM").unwrap());
     let count = |what: &dyn Fn(&http::Answer) -> bool| got.iter().filter(|answer| what(answer)).count();
     let whole = count(&|a| a.status == 200 && !a.text().starts_with("got") || a.text() == "got 60 of 60 MiB\n");
     let less = count(&|a| a.status == 200) - whole;
@@ -415,13 +408,18 @@ fn what_the_host_holds_for_a_guest_counts_as_its_own() {
     let (_folder, run) = alone(HOARD);
     let pid = run.worker().unwrap();
     for what in ["requests", "bodies", "fields"] {
-        let before = kib(pid, "VmRSS");
+        let before = kib(pid, "VmRSS").unwrap();
         let answer = run.get(&format!("/little?what={what}")).unwrap();
-        println!("{what}: {} at most {} MiB, before {}", answer.status, kib(pid, "VmHWM") / 1024, before / 1024);
+        println!(
+            "{what}: {} at most {} MiB, before {}",
+            answer.status,
+            kib(pid, "VmHWM").unwrap() / 1024,
+            before / 1024
+        );
         assert_eq!(answer.status, 500, "{what}: {}", answer.text());
     }
     // 8 MiB, what sixteen calls move, and what the worker is without.
-    assert!(kib(pid, "VmHWM") < 64 * 1024, "{} KiB", kib(pid, "VmHWM"));
+    assert!(kib(pid, "VmHWM").unwrap() < 64 * 1024, "{} KiB", kib(pid, "VmHWM").unwrap());
     run.output.line(" KILL memory: mem_max is 8192 KiB, ").unwrap();
     assert!(run.of("little", "killed").unwrap() > 0);
     for what in ["bodies", "fields"] {

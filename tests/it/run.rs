@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use gaia_tests::http;
-use gaia_tests::workstation::{Folder, Run};
+use gaia_tests::workstation::{Folder, Run, kib};
 
 const HELLO: &str = "[brane.hello]\nimage = \"file:./hello.wasm\"\n";
 
@@ -191,9 +191,7 @@ fn ten_million_lines_cost_nobody_else_anything() {
 
     let status = run.ask("status").unwrap();
     for role in status["roles"].as_array().unwrap() {
-        let memory = std::fs::read_to_string(format!("/proc/{}/status", role["pid"])).unwrap();
-        let resident = memory.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
-        let kib: u64 = resident.trim().split(' ').next().unwrap().parse().unwrap();
+        let kib = kib(role["pid"].as_i64().unwrap(), "VmRSS").unwrap();
         assert!(kib < 48 * 1024, "{} has {kib} KiB", role["name"]);
     }
     assert!(run.interrupt().unwrap().success());

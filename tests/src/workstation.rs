@@ -251,6 +251,17 @@ impl Run {
     }
 }
 
+/// A number of KiB that the kernel knows of a process of this machine: `VmRSS`, `VmHWM`, `VmPTE`.
+///
+/// # Errors
+/// If there is no such process, or no such number.
+pub fn kib(pid: i64, name: &str) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let field = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let number = field.and_then(|field| field.trim().split(' ').next()?.parse().ok());
+    number.with_context(|| format!("no {name} in {status}"))
+}
+
 impl Drop for Run {
     fn drop(&mut self) {
         let _ = self.child.kill();

@@ -40,6 +40,7 @@ use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 use wasmtime_wasi_http::{Error, WasiHttpView as _};
 
+use super::Place;
 use super::brane::Brane;
 use super::conversation::{self, Instance, Speaker};
 use super::host::{Host, Means};
@@ -47,7 +48,6 @@ use super::link::{self, Asked, HEADER, Outcome};
 use super::memory::Held;
 use super::serve::word;
 use super::turns::{Replica, TICK, thread_cpu};
-use super::{BEAT, Place};
 use crate::channel::{Channel, read_whole};
 use crate::log::{Event, Log, Subject};
 use crate::plan::{self, Plan};
@@ -192,16 +192,7 @@ async fn live(place: &Place, keeper: Rc<Keeper>, kept: Kept, descriptors: &mut D
     let instances = Box::new(move || listed.instances());
     let speaker = Speaker { names, log, instances, certified: Box::new(drop) };
     tokio::task::spawn_local(conversation::hold(speaker, control));
-    let beating = Rc::clone(&init);
-    tokio::task::spawn_local(async move {
-        let mut every = tokio::time::interval(BEAT);
-        loop {
-            every.tick().await;
-            if beating.send(&FromWorker::Beat, &[]).await.is_err() {
-                return;
-            }
-        }
-    });
+    tokio::task::spawn_local(super::beat(Rc::clone(&init)));
     tokio::task::spawn_local(Rc::clone(&keeper).shed());
     loop {
         match init.receive::<ToWorker>().await {

@@ -245,6 +245,17 @@ fn tick(engines: Vec<Engine>, each: Vec<Ticker>, place: &Place, group: Option<Ow
     arrived.recv().context("the tick thread ended")
 }
 
+/// Shows init that this process's loop turns, until init is gone.
+async fn beat(init: Rc<Channel>) {
+    let mut every = tokio::time::interval(BEAT);
+    loop {
+        every.tick().await;
+        if init.send(&FromWorker::Beat, &[]).await.is_err() {
+            return;
+        }
+    }
+}
+
 /// What the accepting and the serving tasks watch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -272,16 +283,7 @@ async fn live(place: &Place, worker: Rc<Worker>, descriptors: &mut Descriptors) 
         }),
     };
     tokio::task::spawn_local(conversation::hold(speaker, control));
-    let beating = Rc::clone(&init);
-    tokio::task::spawn_local(async move {
-        let mut every = tokio::time::interval(BEAT);
-        loop {
-            every.tick().await;
-            if beating.send(&FromWorker::Beat, &[]).await.is_err() {
-                return;
-            }
-        }
-    });
+    tokio::task::spawn_local(beat(Rc::clone(&init)));
     tokio::task::spawn_local(shed(Rc::clone(&worker)));
     for brane in &worker.branes {
         tokio::task::spawn_local(Rc::clone(brane).make_all_ready());
