@@ -179,7 +179,7 @@ impl Pinned {
         request: Request<Incoming>,
         deadline: Instant,
         reset: Rc<Cell<bool>>,
-        inside: While,
+        inside: Option<While>,
     ) -> Result<Response<PassedBody>, Own> {
         let count = self.count();
         let busy = || {
@@ -293,7 +293,7 @@ pub struct PassedBody {
     body: Incoming,
     late: Pin<Box<Sleep>>,
     reset: Rc<Cell<bool>>,
-    _inside: While,
+    _inside: Option<While>,
     _there: Inside,
 }
 

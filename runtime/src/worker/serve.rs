@@ -78,10 +78,9 @@ pub async fn serve(connection: Rc<Connection>, request: Request<Incoming>) -> Re
     let began = Instant::now();
     let statistics = &connection.worker.statistics;
     statistics.worker.requests.fetch_add(1, Relaxed);
-    let inside = While::counted(statistics, |page| &page.worker.inside);
-    connection.fresh.take();
     let exchange = Rc::new(Exchange::new(&connection.worker));
-    let answer = dispatch(&connection, request, began, inside, &exchange).await;
+    connection.fresh.take();
+    let answer = dispatch(&connection, request, began, &exchange).await;
     Ok(answer.unwrap_or_else(|own| {
         exchange.status.set(own.status.as_u16());
         if exchange.why.borrow().is_empty() {
@@ -112,6 +111,9 @@ struct Exchange {
     /// The guest's work has ended; what is left is the release.
     ended: Cell<bool>,
     late: Cell<bool>,
+    /// Counts it among the requests inside. It is held as long as the exchange, so until the answer has gone out: what a
+    /// worker's end costs is then told whole.
+    inside: Cell<Option<While>>,
 }
 
 impl Exchange {
@@ -127,6 +129,7 @@ impl Exchange {
             exec: Cell::default(),
             ended: Cell::default(),
             late: Cell::default(),
+            inside: Cell::new(Some(While::counted(&worker.statistics, |page| &page.worker.inside))),
         }
     }
 
@@ -196,7 +199,6 @@ async fn dispatch(
     connection: &Connection,
     request: Request<Incoming>,
     began: Instant,
-    inside: While,
     exchange: &Rc<Exchange>,
 ) -> Result<Answer, Own> {
     let worker = &connection.worker;
@@ -222,7 +224,7 @@ async fn dispatch(
     let brane = match target {
         Target::Here(brane) => brane,
         Target::Kept(brane) => {
-            let passed = brane.pass(request, deadline, Rc::clone(&connection.broken), inside).await?;
+            let passed = brane.pass(request, deadline, Rc::clone(&connection.broken), exchange.inside.take()).await?;
             return Ok(passed.map(|body| Either::Right(Either::Right(body))));
         }
     };
@@ -251,7 +253,7 @@ async fn dispatch(
             let (reset, exchange) = (Rc::clone(&connection.broken), Rc::clone(exchange));
             exchange.status.set(response.status().as_u16());
             Ok(response.map(|body| {
-                let body = GuestBody { body, late, broken, reset, brane, exchange, _task: task, _inside: inside };
+                let body = GuestBody { body, late, broken, reset, brane, exchange, _task: task };
                 Either::Right(Either::Left(body))
             }))
         }
@@ -550,7 +552,6 @@ pub struct GuestBody {
     brane: Rc<Brane>,
     exchange: Rc<Exchange>,
     _task: Task,
-    _inside: While,
 }
 
 impl Body for GuestBody {
