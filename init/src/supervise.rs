@@ -56,6 +56,8 @@ pub const MAX_TICKETS: usize = 64;
 const STAND_IN_AFTER: Duration = Duration::from_millis(500);
 /// A generation that is not ready by then has failed. Under emulation a worker needs about a second.
 const READY_WITHIN: Duration = Duration::from_mins(1);
+/// An old worker that still may accept by then is killed, with what is inside: a deploy is over only when none does.
+const STOPPED_WITHIN: Duration = Duration::from_secs(10);
 /// Control, or a worker that has been ready, is killed when it has not beaten for so long, and started again.
 const SILENT_FOR: Duration = Duration::from_secs(30);
 /// An old worker that has not ended by then is killed: longer than the longest deadline a brane may have.
@@ -171,6 +173,8 @@ struct Child {
     channel: Option<OwnedFd>,
     /// Workers and keepers: the end that control has a copy of, and the statistics.
     shared: Option<(OwnedFd, OwnedFd)>,
+    /// Workers: it may accept, on its own sockets at least.
+    accepts: bool,
     /// Workers: it accepts on its neighbour's sockets as well.
     stands_in: bool,
     /// It has been told to end by force; do not say so twice.
@@ -324,6 +328,8 @@ pub struct Supervisor<M> {
     current: Option<Generation>,
     next: Option<Generation>,
     incoming: Option<Generation>,
+    /// The generation that serves, if control is not told so yet: old workers may still accept.
+    untold: Option<u32>,
     numbers: Numbers,
     tickets: Tickets,
     /// Last sign of life of any worker.
@@ -364,6 +370,7 @@ impl<M: Machine> Supervisor<M> {
             current: None,
             next: None,
             incoming: None,
+            untold: None,
             numbers: Numbers::default(),
             tickets: Tickets::default(),
             last_beat: now,
@@ -704,6 +711,11 @@ impl<M: Machine> Supervisor<M> {
         if child.kind == Kind::Worker {
             self.last_beat = now;
         }
+        if message == FromWorker::Stopped {
+            child.accepts = false;
+            self.tell_serving();
+            return;
+        }
         if message == FromWorker::Ready && child.phase == Phase::Starting {
             // Not what it says of itself: what the kernel shows. Where all is demanded, nothing less serves.
             let missing = sandbox::missing_of(pid, demand).unwrap_or_else(|_| vec!["everything"]);
@@ -717,6 +729,7 @@ impl<M: Machine> Supervisor<M> {
             };
             if serves {
                 child.phase = Phase::Up;
+                child.accepts = child.kind == Kind::Worker;
                 let (name, kind, place, took) = (child.name(), child.kind, child.number, now - child.since);
                 self.link_all(pid);
                 self.tell_worker(pid, &ToWorker::Accept, &[]);
@@ -751,6 +764,7 @@ impl<M: Machine> Supervisor<M> {
         for pid in keepers.into_iter().chain(workers) {
             if let Some(child) = self.child_mut(pid) {
                 child.phase = Phase::Up;
+                child.accepts = child.kind == Kind::Worker;
                 child.since = Instant::now();
             }
             self.link_all(pid);
@@ -769,7 +783,18 @@ impl<M: Machine> Supervisor<M> {
         ports.dedup();
         let _ = write!(line, ", listening on port {}", ports.join(", "));
         self.machine.say(&line);
-        self.tell_control(&ToControl::Serving { generation: number }, &[]);
+        self.untold = Some(number);
+        self.tell_serving();
+    }
+
+    /// Tells control that the generation serves, once it alone does: whoever connects from then on meets no other.
+    fn tell_serving(&mut self) {
+        if self.children.iter().any(|c| c.phase == Phase::Draining && c.accepts) {
+            return;
+        }
+        if let Some(generation) = self.untold.take() {
+            self.tell_control(&ToControl::Serving { generation }, &[]);
+        }
     }
 
     /// Makes the keepers' seats those of the generation that now serves, and drains who has none any more. Returns how many
@@ -944,6 +969,7 @@ impl<M: Machine> Supervisor<M> {
             last_beat: now,
             channel: Some(near),
             shared: shared.map(|(for_control, _, statistics)| (for_control, statistics)),
+            accepts: false,
             stands_in: false,
             killed: false,
         });
@@ -986,6 +1012,7 @@ impl<M: Machine> Supervisor<M> {
         };
         let child = self.children.swap_remove(at);
         let name = child.name();
+        self.tell_serving();
         if child.kind != Kind::Control {
             self.tell_control(&ToControl::Exited { role: name.clone(), pid, cause: cause.to_owned() }, &[]);
         }
@@ -1102,8 +1129,9 @@ impl<M: Machine> Supervisor<M> {
     }
 
     fn find_silent(&mut self, heard: Instant) {
-        let overdue =
-            |c: &Child| overdue(c.kind, c.phase, heard - c.since, heard - c.last_beat).map(|why| (c.pid, why));
+        let overdue = |c: &Child| {
+            overdue(c.kind, c.phase, c.accepts, heard - c.since, heard - c.last_beat).map(|why| (c.pid, why))
+        };
         let pids: Vec<(i32, &str)> = self.children.iter().filter_map(overdue).collect();
         for (pid, why) in pids {
             self.kill(pid, why);
@@ -1208,8 +1236,9 @@ fn back_off(failures: u32) -> Duration {
 }
 
 /// Why a process of this kind and phase, started so long ago and heard of last so long ago, is to be killed, if it is.
-fn overdue(kind: Kind, phase: Phase, age: Duration, silence: Duration) -> Option<&'static str> {
+fn overdue(kind: Kind, phase: Phase, accepts: bool, age: Duration, silence: Duration) -> Option<&'static str> {
     match (kind, phase) {
+        (Kind::Worker, Phase::Draining) if accepts && age > STOPPED_WITHIN => Some("still accepting"),
         (Kind::Worker | Kind::Keeper, Phase::Draining) => (age > DRAINED_WITHIN).then_some("still draining"),
         // What it does meanwhile it does in one piece, so it does not beat.
         (Kind::Worker | Kind::Keeper, Phase::Starting | Phase::Held) => {
@@ -1346,7 +1375,9 @@ mod tests {
 
     #[test]
     fn only_those_who_beat_are_judged_by_their_beat() {
+        use super::overdue as judged;
         let s = Duration::from_secs;
+        let overdue = |kind, phase, age, silence| judged(kind, phase, false, age, silence);
         assert_eq!(overdue(Kind::Worker, Phase::Starting, s(59), s(59)), None, "it has a minute to get ready");
         assert!(overdue(Kind::Worker, Phase::Held, s(61), s(0)).is_some());
         assert_eq!(overdue(Kind::Worker, Phase::Up, s(1000), s(30)), None);
@@ -1355,6 +1386,8 @@ mod tests {
         assert!(overdue(Kind::Control, Phase::Up, s(1000), s(31)).is_some());
         assert_eq!(overdue(Kind::Console, Phase::Up, s(1000), s(1000)), None);
         assert_eq!(overdue(Kind::Worker, Phase::Draining, s(330), s(330)), None);
+        assert_eq!(judged(Kind::Worker, Phase::Draining, true, s(10), s(10)), None);
+        assert!(judged(Kind::Worker, Phase::Draining, true, s(11), s(0)).is_some());
     }
 
     #[test]
@@ -1444,6 +1477,7 @@ mod tests {
             last_beat: now,
             channel: Some(near),
             shared: None,
+            accepts: false,
             stands_in: false,
             killed: false,
         });
@@ -1589,6 +1623,37 @@ mod tests {
         for process in [&mut worker, &mut keeper] {
             process.kill().unwrap();
             process.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn control_is_told_that_a_generation_serves_when_no_old_worker_accepts_any_more() {
+        for by_its_end in [false, true] {
+            let (mut supervisor, mut control, told) = supervising(Kind::Control);
+            let (other, mut worker, from_worker) = supervising(Kind::Worker);
+            supervisor.children.extend(other.children);
+            let old = supervisor.children[1].pid;
+            supervisor.children[1].accepts = true;
+            supervisor.untold = Some(7);
+            supervisor.drain(old);
+            supervisor.tell_serving();
+            wire::send(&from_worker, &FromWorker::Beat, &[]).unwrap();
+            supervisor.read_channels();
+            assert!(matches!(wire::receive::<ToControl>(&told), Err(wire::Error::WouldBlock)));
+            if by_its_end {
+                supervisor.ended(old, "was killed by SIGKILL");
+            } else {
+                wire::send(&from_worker, &FromWorker::Stopped, &[]).unwrap();
+                supervisor.read_channels();
+            }
+            let (first, _) = wire::receive::<ToControl>(&told).unwrap();
+            assert_eq!(first, ToControl::Serving { generation: 7 });
+            supervisor.tell_serving();
+            assert!(!matches!(wire::receive::<ToControl>(&told), Ok((ToControl::Serving { .. }, _))));
+            for process in [&mut control, &mut worker] {
+                process.kill().unwrap();
+                process.wait().unwrap();
+            }
         }
     }
 

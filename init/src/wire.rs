@@ -182,6 +182,8 @@ pub enum FromWorker {
     Ready,
     /// The event loop turns.
     Beat,
+    /// Told to drain, it accepts on no socket any more.
+    Stopped,
 }
 
 /// What the supervisor says to a worker or keeper.
@@ -387,6 +389,7 @@ impl Message for FromWorker {
         match text {
             "ready" => Ok(Self::Ready),
             "beat" => Ok(Self::Beat),
+            "stopped" => Ok(Self::Stopped),
             _ => Err(Unknown::of(text)),
         }
     }
@@ -397,6 +400,7 @@ impl fmt::Display for FromWorker {
         f.write_str(match self {
             Self::Ready => "ready",
             Self::Beat => "beat",
+            Self::Stopped => "stopped",
         })
     }
 }
@@ -565,7 +569,7 @@ mod tests {
         ] {
             survives(&m);
         }
-        for m in [FromWorker::Ready, FromWorker::Beat] {
+        for m in [FromWorker::Ready, FromWorker::Beat, FromWorker::Stopped] {
             survives(&m);
         }
         let link = ToWorker::Link { name: "counter".into(), replica: 2 };

@@ -40,7 +40,9 @@ use crate::statistics::While;
 
 /// A connection must send a request's whole head within this, and may be idle between requests for as long.
 const HEAD_WITHIN: Duration = Duration::from_secs(30);
-/// What a connection that has not asked for anything yet may take when the worker drains.
+/// How long a connection that is idle when the worker drains may take to ask once more.
+const ONE_MORE_WITHIN: Duration = Duration::from_secs(2);
+/// What an HTTP/2 connection that has not asked for anything yet may take then: it is told to go elsewhere, and nothing is lost.
 const FIRST_HEAD_WITHIN: Duration = Duration::from_millis(100);
 /// What a connection whose TLS handshake is not over may take then: the client is asked at least once more.
 const HANDSHAKE_WHEN_DRAINING: Duration = Duration::from_secs(1);
@@ -101,6 +103,8 @@ pub(super) async fn accept(
                     fresh: RefCell::new(Some(fresh)),
                     broken: Rc::default(),
                     until: Cell::default(),
+                    at_work: Cell::default(),
+                    last: Cell::default(),
                 };
                 let phase = phase.clone();
                 tokio::task::spawn_local(async move {
@@ -181,9 +185,11 @@ async fn http1(
         _ = phase.wait_for(|p| *p == Phase::Draining) => true,
     };
     if draining {
-        // Accepted, and its first request may be on its way: it gets a moment, and its answer.
-        let over = connection.fresh.borrow().is_some()
-            && timeout(FIRST_HEAD_WITHIN, turns.before_others(Pin::new(&mut http))).await.is_ok();
+        // The next request may be on its way: it gets a moment, and its answer says that it is the last. To close at once would
+        // lose it, and the client could not know whether it was served.
+        connection.last.set(true);
+        let over = connection.at_work.get() == 0
+            && timeout(ONE_MORE_WITHIN, turns.before_others(Pin::new(&mut http))).await.is_ok();
         if !over {
             Pin::new(&mut http).graceful_shutdown();
             let _ = turns.before_others(Pin::new(&mut http)).await;
@@ -232,7 +238,7 @@ async fn http2(connection: Rc<serve::Connection>, stream: Stream, phase: &mut wa
         () = streams.0.none_for(HEAD_WITHIN) => false,
     };
     if draining && is_fresh() {
-        // As in HTTP/1.1.
+        // Accepted, and its first request may be on its way.
         if timeout(FIRST_HEAD_WITHIN, turns.before_others(http.as_mut())).await.is_ok() {
             return;
         }

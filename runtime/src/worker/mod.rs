@@ -299,11 +299,11 @@ async fn live(place: &Place, worker: Rc<Worker>, descriptors: &mut Descriptors) 
         };
         sockets.iter().map(accept).collect()
     };
-    let mut lent = Vec::new();
+    let (mut accepting, mut lent) = (Vec::new(), Vec::new());
     loop {
         match init.receive::<ToWorker>().await {
             Ok((ToWorker::Accept, _)) => {
-                begin(&own)?;
+                accepting.extend(begin(&own)?);
                 phase.send_replace(Phase::Accepting);
             }
             Ok((ToWorker::Adopt, _)) => lent.extend(begin(&next)?),
@@ -322,6 +322,11 @@ async fn live(place: &Place, worker: Rc<Worker>, descriptors: &mut Descriptors) 
         }
     }
     phase.send_replace(Phase::Draining);
+    // Not before the last of them has ended may anybody be told that this worker serves nobody new.
+    for task in accepting.into_iter().chain(lent) {
+        let _ = task.await;
+    }
+    let _ = init.send(&FromWorker::Stopped, &[]).await;
     // Whoever is inside has a deadline, and init has one for all of them.
     while worker.statistics.worker.open.load(Relaxed) > 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;

@@ -27,7 +27,7 @@ use wasmtime_wasi_http::Error;
 
 use super::host::Means;
 use super::link::{self, Asked, HEADER, Outcome};
-use super::serve::{Bounded, Own, QUEUE, own, too_busy, too_short};
+use super::serve::{AtWork, Bounded, Own, QUEUE, own, too_busy, too_short};
 use crate::plan;
 use crate::statistics::{Brane as Counts, Statistics, While};
 
@@ -170,7 +170,7 @@ impl Pinned {
         }
     }
 
-    /// Passes a request on to the first keeper whose turn is to be had.
+    /// Passes a request on to the first keeper whose turn is to be had. What counts it is held until the answer is over.
     ///
     /// # Errors
     /// The answer that the runtime gives itself.
@@ -179,7 +179,7 @@ impl Pinned {
         request: Request<Incoming>,
         deadline: Instant,
         reset: Rc<Cell<bool>>,
-        inside: Option<While>,
+        until_sent: (AtWork, Option<While>),
     ) -> Result<Response<PassedBody>, Own> {
         let count = self.count();
         let busy = || {
@@ -223,7 +223,7 @@ impl Pinned {
                 let late = Box::pin(tokio::time::sleep_until(last));
                 return Ok(Response::from_parts(
                     parts,
-                    PassedBody { body, late, reset, _inside: inside, _there: there },
+                    PassedBody { body, late, reset, _until_sent: until_sent, _there: there },
                 ));
             }
             Some(Some(Outcome::Refused)) => busy(),
@@ -293,7 +293,7 @@ pub struct PassedBody {
     body: Incoming,
     late: Pin<Box<Sleep>>,
     reset: Rc<Cell<bool>>,
-    _inside: Option<While>,
+    _until_sent: (AtWork, Option<While>),
     _there: Inside,
 }
 

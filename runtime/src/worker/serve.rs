@@ -53,6 +53,26 @@ pub struct Connection {
     pub broken: Rc<Cell<bool>>,
     /// Of a stream: when its answer must be over.
     pub until: Cell<Option<Instant>>,
+    /// Requests whose answer hyper has not taken whole yet.
+    pub at_work: Cell<u32>,
+    /// The worker drains: the next answer is the last one here, and says so.
+    pub last: Cell<bool>,
+}
+
+/// Counts a request among those that a connection is at work on, until dropped.
+pub(super) struct AtWork(Rc<Connection>);
+
+impl AtWork {
+    fn on(connection: &Rc<Connection>) -> Self {
+        connection.at_work.set(connection.at_work.get() + 1);
+        Self(Rc::clone(connection))
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.0.at_work.set(self.0.at_work.get() - 1);
+    }
 }
 
 impl Connection {
@@ -66,6 +86,8 @@ impl Connection {
             fresh: RefCell::new(self.fresh.take()),
             broken: Rc::default(),
             until: Cell::new(Some(until)),
+            at_work: Cell::default(),
+            last: Cell::default(),
         }
     }
 }
@@ -80,14 +102,18 @@ pub async fn serve(connection: Rc<Connection>, request: Request<Incoming>) -> Re
     statistics.worker.requests.fetch_add(1, Relaxed);
     let exchange = Rc::new(Exchange::new(&connection.worker));
     connection.fresh.take();
-    let answer = dispatch(&connection, request, began, &exchange).await;
-    Ok(answer.unwrap_or_else(|own| {
+    let answer = dispatch(&connection, request, began, &exchange, AtWork::on(&connection)).await;
+    let mut answer = answer.unwrap_or_else(|own| {
         exchange.status.set(own.status.as_u16());
         if exchange.why.borrow().is_empty() {
             exchange.why.replace(own.words.clone());
         }
         own.answer()
-    }))
+    });
+    if connection.last.get() {
+        answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    Ok(answer)
 }
 
 /// A request and its answer, from the head of the one to the end of the other. Whoever works on it holds it; when the last
@@ -200,6 +226,7 @@ async fn dispatch(
     request: Request<Incoming>,
     began: Instant,
     exchange: &Rc<Exchange>,
+    at_work: AtWork,
 ) -> Result<Answer, Own> {
     let worker = &connection.worker;
     let (request, host) = normalised(request, connection.peer, connection.secure)?;
@@ -224,7 +251,8 @@ async fn dispatch(
     let brane = match target {
         Target::Here(brane) => brane,
         Target::Kept(brane) => {
-            let passed = brane.pass(request, deadline, Rc::clone(&connection.broken), exchange.inside.take()).await?;
+            let held = (at_work, exchange.inside.take());
+            let passed = brane.pass(request, deadline, Rc::clone(&connection.broken), held).await?;
             return Ok(passed.map(|body| Either::Right(Either::Right(body))));
         }
     };
@@ -253,7 +281,7 @@ async fn dispatch(
             let (reset, exchange) = (Rc::clone(&connection.broken), Rc::clone(exchange));
             exchange.status.set(response.status().as_u16());
             Ok(response.map(|body| {
-                let body = GuestBody { body, late, broken, reset, brane, exchange, _task: task };
+                let body = GuestBody { body, late, broken, reset, brane, exchange, _task: task, _at_work: at_work };
                 Either::Right(Either::Left(body))
             }))
         }
@@ -552,6 +580,7 @@ pub struct GuestBody {
     brane: Rc<Brane>,
     exchange: Rc<Exchange>,
     _task: Task,
+    _at_work: AtWork,
 }
 
 impl Body for GuestBody {
