@@ -1,4 +1,5 @@
-//! The API: HTTP/1.1 and JSON over a Unix socket. Who may connect is the socket file's business.
+//! The API: HTTP/1.1 and JSON, the same over a Unix socket and over the network. Who may connect to the one is the socket
+//! file's business, to the other the keys'; from there on each request knows its [`Caller`].
 //!
 //! | method and path    | answer              |
 //! |--------------------|---------------------|
@@ -8,7 +9,8 @@
 //! | `POST /v1/poweroff`| [`report::Done`]    |
 //! | `POST /v1/reboot`  | [`report::Done`]    |
 //!
-//! Anything else is 404 or 405 with [`report::Failed`].
+//! Anything else is 404 or 405 with [`report::Failed`]. Whatever is not a `GET` is a change, and leaves a line in the log that
+//! says who asked, for what, and what came of it.
 
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
@@ -22,12 +24,14 @@ use futures_util::stream::LocalBoxStream;
 use gaia_init::wire::FromControl;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{Either, Full, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{Body as _, Frame, Incoming};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
+use super::caller::Caller;
 use super::log::{self, Query};
 use super::report::{self, Done, Failed, Ps, Status};
 use super::{Control, Runs};
@@ -39,7 +43,12 @@ const CONNECTIONS: usize = 16;
 const IDLE: Duration = Duration::from_secs(10);
 
 /// What goes out: one piece, or lines as they come.
-type Answer = Response<Either<Full<Bytes>, StreamBody<LocalBoxStream<'static, Result<Frame<Bytes>, Infallible>>>>>;
+pub(super) type Answer =
+    Response<Either<Full<Bytes>, StreamBody<LocalBoxStream<'static, Result<Frame<Bytes>, Infallible>>>>>;
+
+/// What came of a change, in an answer's extensions: for the log, where the status alone does not tell.
+#[derive(Debug, Clone)]
+pub(super) struct Outcome(pub(super) String);
 
 /// Serves the API on the socket init opened, until the process ends.
 pub(super) async fn serve(control: Rc<Control>, socket: OwnedFd) {
@@ -55,15 +64,10 @@ pub(super) async fn serve(control: Rc<Control>, socket: OwnedFd) {
         match listener.accept().await {
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             Ok((stream, _)) => {
+                let caller = Rc::new(Caller::Local { user: stream.peer_cred().ok().map(|who| who.uid()) });
                 let control = Rc::clone(&control);
                 tokio::task::spawn_local(async move {
-                    let service = hyper::service::service_fn(|request| answer(Rc::clone(&control), request));
-                    let connection = hyper::server::conn::http1::Builder::new()
-                        .timer(TokioTimer::new())
-                        .header_read_timeout(IDLE)
-                        .max_buf_size(16 * 1024)
-                        .serve_connection(TokioIo::new(stream), service);
-                    let _ = connection.await;
+                    converse(control, caller, stream).await;
                     drop(place);
                 });
             }
@@ -71,9 +75,42 @@ pub(super) async fn serve(control: Rc<Control>, socket: OwnedFd) {
     }
 }
 
-async fn answer(control: Rc<Control>, request: Request<Incoming>) -> Result<Answer, Infallible> {
+/// Serves the API on one connection, until it ends.
+pub(super) async fn converse(
+    control: Rc<Control>,
+    caller: Rc<Caller>,
+    stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
+) {
+    let service = hyper::service::service_fn(|request| audited(Rc::clone(&control), Rc::clone(&caller), request));
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(IDLE)
+        .max_buf_size(16 * 1024)
+        .serve_connection(TokioIo::new(stream), service);
+    let _ = connection.await;
+}
+
+/// Answers, and leaves a line in the log if that was to change something.
+async fn audited(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incoming>) -> Result<Answer, Infallible> {
+    let what = || format!("{:.16} {:.200}", request.method().as_str(), request.uri().path());
+    let change = (!request.method().is_safe()).then(what);
+    let answer = answer(Rc::clone(&control), Rc::clone(&caller), request).await;
+    if let Some(what) = change {
+        let status = answer.status();
+        let outcome = answer.extensions().get().map(|Outcome(words)| format!("{}: {words}", status.as_u16()));
+        control.audit(&caller, &what, &outcome.unwrap_or_else(|| status.to_string())).await;
+    }
+    Ok(answer)
+}
+
+/// The one place where a method and a path become what is done. Who asks for it may do all of it.
+async fn answer(control: Rc<Control>, _caller: Rc<Caller>, request: Request<Incoming>) -> Answer {
     let known = |path| matches!(path, "/v1/status" | "/v1/ps" | "/v1/logs" | "/v1/poweroff" | "/v1/reboot");
-    Ok(match (request.method(), request.uri().path()) {
+    // None of these takes a body. What is sent nevertheless is not read, and ends the connection.
+    if known(request.uri().path()) && !request.body().is_end_stream() {
+        return failed(StatusCode::PAYLOAD_TOO_LARGE, &format!("{} takes no body", request.uri().path()));
+    }
+    match (request.method(), request.uri().path()) {
         (&Method::GET, "/v1/status") => match status(&control).await {
             Ok(status) => json(StatusCode::OK, &status),
             Err(e) => failed(StatusCode::SERVICE_UNAVAILABLE, &format!("init does not answer: {e}")),
@@ -87,10 +124,10 @@ async fn answer(control: Rc<Control>, request: Request<Incoming>) -> Result<Answ
         (&Method::POST, "/v1/reboot") => end(&control, FromControl::Reboot, "the appliance starts again").await,
         (_, path) if known(path) => failed(StatusCode::METHOD_NOT_ALLOWED, "GET shows, POST changes"),
         (_, path) => failed(StatusCode::NOT_FOUND, &format!("there is no {path:?} in version 1 of this API")),
-    })
+    }
 }
 
-fn json(status: StatusCode, value: &impl Serialize) -> Answer {
+pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Answer {
     let body = serde_json::to_vec(value).unwrap_or_default();
     let mut answer = Response::new(Either::Left(Full::new(Bytes::from(body))));
     *answer.status_mut() = status;
@@ -98,8 +135,10 @@ fn json(status: StatusCode, value: &impl Serialize) -> Answer {
     answer
 }
 
-fn failed(status: StatusCode, error: &str) -> Answer {
-    json(status, &Failed { error: error.to_owned() })
+pub(super) fn failed(status: StatusCode, error: &str) -> Answer {
+    let mut answer = json(status, &Failed { error: error.to_owned() });
+    answer.extensions_mut().insert(Outcome(error.to_owned()));
+    answer
 }
 
 async fn end(control: &Control, how: FromControl, words: &str) -> Answer {

@@ -90,7 +90,7 @@ impl Control {
         self.push(Line { time_ns, core: None, brane, instance, event }, branes);
     }
 
-    fn push(&self, line: Line, branes: usize) {
+    pub(super) fn push(&self, line: Line, branes: usize) {
         self.log.push(line, (KEPT / (branes + 1)).max(LEAST));
     }
 }
@@ -122,7 +122,8 @@ fn cost(line: &Line) -> usize {
         | Event::Deny { text }
         | Event::Trap { text }
         | Event::Kill { text }
-        | Event::Fault { text } => text.len(),
+        | Event::Fault { text }
+        | Event::Audit { text } => text.len(),
         Event::Lost { .. } => 0,
     };
     size_of::<Line>() + 128 + text

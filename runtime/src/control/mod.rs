@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod artefact;
+pub mod caller;
 mod certificate;
 pub mod deploy;
 mod init;

@@ -149,6 +149,12 @@ pub enum Event<'a> {
         /// Why.
         text: Cow<'a, str>,
     },
+    /// Somebody changed something through control's API, or was refused there.
+    #[serde(rename = "AUDIT")]
+    Audit {
+        /// Who, what, and what came of it.
+        text: Cow<'a, str>,
+    },
     /// Records before this one that are not there.
     #[serde(rename = "LOST")]
     Lost {
@@ -177,6 +183,7 @@ impl<'a> Event<'a> {
             Self::Kill { text } => (7, 0, [0, 0], text),
             Self::Fault { text } => (8, 0, [0, 0], text),
             Self::Lost { records } => (9, 0, [*records, 0], ""),
+            Self::Audit { text } => (10, 0, [0, 0], text),
         }
     }
 
@@ -192,6 +199,7 @@ impl<'a> Event<'a> {
             7 => Self::Kill { text },
             8 => Self::Fault { text },
             9 => Self::Lost { records: a },
+            10 => Self::Audit { text },
             _ => return None,
         })
     }

@@ -42,6 +42,7 @@ pub fn line(time: Duration, whose: &str, event: &Event<'_>) -> String {
         Event::Trap { text } => tail("TRAP", text),
         Event::Kill { text } => tail("KILL", text),
         Event::Fault { text } => tail("FAULT", text),
+        Event::Audit { text } => tail("AUDIT", text),
         Event::Lost { records } => tail("LOST", &format!("{} records", thousands(*records))),
     }
     line
