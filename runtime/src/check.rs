@@ -74,7 +74,7 @@ impl Review {
                 let folder = path.parent().unwrap_or(Path::new("."));
                 for brane in &manifest.branes {
                     let report = match component(folder, brane) {
-                        Ok(report) => report,
+                        Ok(report) => Some(report),
                         Err(said) => {
                             review.said.push(*said);
                             None
@@ -212,9 +212,16 @@ impl Review {
     }
 }
 
-/// Reads and compiles the component of a brane; `Ok(None)` if its image is no file, which is said elsewhere.
-fn component(folder: &Path, brane: &Brane) -> Result<Option<Report>, Box<Diagnostic>> {
-    let Image::File(name) = &brane.image.value else { return Ok(None) };
+/// Reads and compiles the component of a brane.
+fn component(folder: &Path, brane: &Brane) -> Result<Report, Box<Diagnostic>> {
+    let Image::File(name) = &brane.image.value else {
+        let message = format!(
+            "{}: \"{}\" is a name in a store, so what it imports is not seen here",
+            brane.name.value, brane.image.value
+        );
+        let help = "gaia --on HOST deploy --dry-run shows it";
+        return Err(Box::new(Diagnostic::warning(brane.image.span.clone(), message, "not looked at").help(help)));
+    };
     let wrong = |message: String| Box::new(Diagnostic::error(brane.image.span.clone(), message, "this image"));
     let path = folder.join(name);
     let size = std::fs::metadata(&path).map_err(|e| wrong(format!("{}: {e}", path.display())))?.len();
@@ -224,7 +231,7 @@ fn component(folder: &Path, brane: &Brane) -> Result<Option<Report>, Box<Diagnos
     let component = std::fs::read(&path).map_err(|e| wrong(format!("{}: {e}", path.display())))?;
     let (report, _) =
         compile::compile(&component, engine::WHOLE).map_err(|e| wrong(format!("{}: {e:#}", path.display())))?;
-    Ok(Some(report))
+    Ok(report)
 }
 
 fn scope(capability: &Capability) -> String {

@@ -18,7 +18,7 @@ pub const MAX_BYTES: u64 = 4 << 20;
 pub const MAX_BRANES: usize = crate::statistics::MAX_BRANES;
 
 /// A generation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Its number.
     pub generation: u32,

@@ -2,7 +2,7 @@
 //! the same words, for `gaia check` and for a deploy.
 
 use gaia_init::supervise::MAX_KEEPERS;
-use gaia_manifest::{Brane, Capability as Grant, Diagnostic, Image, Lifecycle, Manifest};
+use gaia_manifest::{Brane, Capability as Grant, Diagnostic, Lifecycle, Manifest};
 
 use crate::capability::{self, Capability};
 use crate::compile::{Import, Report};
@@ -18,11 +18,6 @@ pub fn unsupported(manifest: &Manifest) -> Vec<Diagnostic> {
     let mut kept = 0;
     for brane in &manifest.branes {
         let name = &brane.name.value;
-        if let Image::Name { .. } = brane.image.value {
-            let message = format!("{name}: this version has no store to find \"{}\" in", brane.image.value);
-            let help = "name a file beside the manifest: image = \"file:./x.wasm\"";
-            all.push(Diagnostic::error(brane.image.span.clone(), message, "not a file").help(help));
-        }
         if brane.lifecycle == Lifecycle::Pinned {
             let before = kept;
             kept += brane.replicas as usize;

@@ -6,6 +6,12 @@
 //! | `GET /v1/status`   | [`report::Status`]  |
 //! | `GET /v1/ps`       | [`report::Ps`]      |
 //! | `GET /v1/logs`     | [`report::Line`], one a line; `?brane=fetch&since_ns=0&follow=true` |
+//! | `GET /v1/graphs`   | [`report::Graphs`]  |
+//! | `GET /v1/components/DIGEST` | [`report::Done`], or 404 |
+//! | `POST /v1/components` | [`report::Pushed`]; the body is the component, `?name=REFERENCE&digest=DIGEST` |
+//! | `POST /v1/plan`    | [`report::Step`], one a line; the body is [`report::Deploy`], nothing is changed |
+//! | `POST /v1/deploy`  | the same, and it serves |
+//! | `POST /v1/rollback`| the same; the body is [`report::Rollback`] |
 //! | `POST /v1/poweroff`| [`report::Done`]    |
 //! | `POST /v1/reboot`  | [`report::Done`]    |
 //!
@@ -32,6 +38,7 @@ use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
 use super::caller::Caller;
+use super::delivery;
 use super::log::{self, Query};
 use super::report::{self, Done, Failed, Ps, Status};
 use super::{Control, Runs};
@@ -41,6 +48,9 @@ use crate::statistics;
 const CONNECTIONS: usize = 16;
 /// A conversation is over when nothing was asked for so long.
 const IDLE: Duration = Duration::from_secs(10);
+
+/// Before a component's digest.
+const COMPONENTS: &str = "/v1/components/";
 
 /// What goes out: one piece, or lines as they come.
 pub(super) type Answer =
@@ -104,8 +114,19 @@ async fn audited(control: Rc<Control>, caller: Rc<Caller>, request: Request<Inco
 }
 
 /// The one place where a method and a path become what is done. Who asks for it may do all of it.
-async fn answer(control: Rc<Control>, _caller: Rc<Caller>, request: Request<Incoming>) -> Answer {
-    let known = |path| matches!(path, "/v1/status" | "/v1/ps" | "/v1/logs" | "/v1/poweroff" | "/v1/reboot");
+async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incoming>) -> Answer {
+    match (request.method(), request.uri().path()) {
+        (&Method::POST, "/v1/components") => return delivery::push(&control, &caller, request).await,
+        (&Method::POST, "/v1/plan") => return delivery::deploy(control, caller, request, false).await,
+        (&Method::POST, "/v1/deploy") => return delivery::deploy(control, caller, request, true).await,
+        (&Method::POST, "/v1/rollback") => return delivery::rollback(control, caller, request).await,
+        _ => {}
+    }
+    let known = |path: &str| {
+        let exact = matches!(path, "/v1/status" | "/v1/ps" | "/v1/logs" | "/v1/graphs" | "/v1/poweroff" | "/v1/reboot");
+        let changes = matches!(path, "/v1/components" | "/v1/plan" | "/v1/deploy" | "/v1/rollback");
+        exact || changes || path.starts_with(COMPONENTS)
+    };
     // None of these takes a body. What is sent nevertheless is not read, and ends the connection.
     if known(request.uri().path()) && !request.body().is_end_stream() {
         return failed(StatusCode::PAYLOAD_TOO_LARGE, &format!("{} takes no body", request.uri().path()));
@@ -115,6 +136,10 @@ async fn answer(control: Rc<Control>, _caller: Rc<Caller>, request: Request<Inco
             Ok(status) => json(StatusCode::OK, &status),
             Err(e) => failed(StatusCode::SERVICE_UNAVAILABLE, &format!("init does not answer: {e}")),
         },
+        (&Method::GET, "/v1/graphs") => delivery::graphs(&control),
+        (&Method::GET, path) if path.starts_with(COMPONENTS) => {
+            delivery::has(&control, path.strip_prefix(COMPONENTS).unwrap_or_default())
+        }
         (&Method::GET, "/v1/ps") => json(StatusCode::OK, &ps(&control).await),
         (&Method::GET, "/v1/logs") => match Query::parse(request.uri().query().unwrap_or_default()) {
             Ok(query) => Response::new(Either::Right(StreamBody::new(log::lines(control, query).boxed_local()))),
@@ -187,7 +212,7 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
 }
 
 /// Reads the two figures out of `/proc/meminfo`; what is not there is 0.
-fn memory(meminfo: &str) -> report::Memory {
+pub(super) fn memory(meminfo: &str) -> report::Memory {
     let value = |name: &str| {
         let line = meminfo.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
         line.and_then(|l| l.split_whitespace().next()?.parse().ok()).unwrap_or(0)

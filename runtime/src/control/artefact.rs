@@ -5,7 +5,8 @@
 //! takes over those that carry the mark of the key, and compiles the others anew.
 //!
 //! The key is 256 bits of chance in a sealed file in memory. The first control of a supervisor fills that file; init
-//! keeps it open, never reads it, and hands it to control alone. So it lives as long as init does, like all that it vouches for.
+//! keeps it open, never reads it, and hands it to control alone. Where there is a store, the key is a record of it, so that machine code
+//! on the disk is vouched for as well; where there is none, it lives as long as init does.
 
 use std::fs::File;
 use std::io::{self, Seek as _, Write as _};
@@ -26,7 +27,7 @@ pub const ORIGINS: &str = "origins";
 /// The longest such list, in bytes.
 const MAX_ORIGINS: u64 = 8 << 20;
 /// Bytes of the key: as many as HMAC-SHA256 has of strength.
-const KEY: usize = 32;
+const BYTES: usize = 32;
 
 /// Machine code and what the compiler found out, both of them vouched for.
 #[derive(Debug)]
@@ -58,6 +59,19 @@ impl Artefact {
         let (digest, report, mark) = (self.digest.clone(), self.report.clone(), self.mark.clone());
         Ok(Self { digest, reservation: self.reservation, report, file, mark })
     }
+
+    /// What is told of it beside the code, as [`Key::check_told`] reads it.
+    ///
+    /// # Errors
+    /// None that is known of.
+    pub fn told(&self) -> anyhow::Result<Vec<u8>> {
+        Ok(serde_json::to_vec(&self.origin())?)
+    }
+
+    fn origin(&self) -> Origin {
+        let (digest, report, mark) = (self.digest.clone(), self.report.clone(), self.mark.clone());
+        Origin { digest, reservation: self.reservation, report, mark }
+    }
 }
 
 /// The name, among a generation's files, of what was made from the component with this digest for such a reservation.
@@ -80,35 +94,48 @@ struct Origin {
 /// # Errors
 /// None that is known of: all of it can be written as JSON.
 pub fn origins<'a>(artefacts: impl IntoIterator<Item = &'a Artefact>) -> anyhow::Result<Vec<u8>> {
-    let origin = |a: &Artefact| Origin {
-        digest: a.digest.clone(),
-        reservation: a.reservation,
-        report: a.report.clone(),
-        mark: a.mark.clone(),
-    };
-    Ok(serde_json::to_vec(&artefacts.into_iter().map(origin).collect::<Vec<_>>())?)
+    Ok(serde_json::to_vec(&artefacts.into_iter().map(Artefact::origin).collect::<Vec<_>>())?)
 }
 
 /// What only control holds.
 pub struct Key(hmac::Key);
 
 impl Key {
-    /// Reads the key, or makes one if this is the first control.
+    /// Bytes of a key.
+    pub const BYTES: usize = BYTES;
+
+    /// A key of these bytes.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8; BYTES]) -> Self {
+        Self(hmac::Key::new(hmac::HMAC_SHA256, bytes))
+    }
+
+    /// The bytes of a new key.
+    ///
+    /// # Errors
+    /// If there is no chance to be had.
+    pub fn chance() -> anyhow::Result<[u8; BYTES]> {
+        let mut bytes = [0; BYTES];
+        SystemRandom::new().fill(&mut bytes).ok().context("there is no chance to be had")?;
+        Ok(bytes)
+    }
+
+    /// Reads the key, or fills the file with what `make` says if this is the first control.
     ///
     /// # Errors
     /// If the file cannot be read or filled.
-    pub fn of(file: OwnedFd) -> anyhow::Result<Self> {
-        let mut bytes = [0; KEY];
+    pub fn of(file: OwnedFd, make: impl FnOnce() -> anyhow::Result<[u8; BYTES]>) -> anyhow::Result<Self> {
+        let mut bytes = [0; BYTES];
         if is_sealed(&file) {
             File::from(file).read_exact_at(&mut bytes, 0).context("reading the key")?;
         } else {
             // Nothing was vouched for with what is not sealed yet.
-            SystemRandom::new().fill(&mut bytes).ok().context("there is no chance to be had")?;
+            bytes = make()?;
             let mut file = File::from(file);
             file.rewind().and_then(|()| file.write_all(&bytes)).context("filling the key")?;
             rustix::fs::fcntl_add_seals(&file, SEALED).context("sealing the key")?;
         }
-        Ok(Self(hmac::Key::new(hmac::HMAC_SHA256, &bytes)))
+        Ok(Self::from_bytes(&bytes))
     }
 
     /// Vouches for what a compiler has just answered.
@@ -157,6 +184,14 @@ impl Key {
             }
         }
         (good, wrong)
+    }
+
+    /// Checks code against what was told of it: [`Artefact::told`].
+    ///
+    /// # Errors
+    /// If it is not what this key vouched for.
+    pub fn check_told(&self, told: &[u8], file: OwnedFd) -> anyhow::Result<Artefact> {
+        self.check(serde_json::from_slice(told)?, file)
     }
 
     fn check(&self, origin: Origin, file: OwnedFd) -> anyhow::Result<Artefact> {
@@ -236,10 +271,10 @@ mod tests {
     #[test]
     fn the_next_control_has_the_same_key_and_takes_over_what_it_vouches_for() {
         let file = empty();
-        let first = Key::of(file.try_clone().unwrap()).unwrap();
+        let first = Key::of(file.try_clone().unwrap(), Key::chance).unwrap();
         assert!(is_sealed(&file), "nobody can put another in its place");
         let vouched = first.vouch(DIGEST, 1 << 20, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
-        let next = Key::of(file).unwrap();
+        let next = Key::of(file, Key::chance).unwrap();
         let (good, wrong) = next.check_all(files(&origins([&vouched]).unwrap(), CODE, DIGEST));
         assert!(wrong.is_empty(), "{wrong:?}");
         assert_eq!((good[0].digest.as_str(), &good[0].report), (DIGEST, &report("a")));
@@ -250,22 +285,22 @@ mod tests {
     fn a_control_that_ended_before_it_sealed_its_key_leaves_none() {
         let file = empty();
         File::from(file.try_clone().unwrap()).write_all(b"half").unwrap();
-        let key = Key::of(file.try_clone().unwrap()).unwrap();
+        let key = Key::of(file.try_clone().unwrap(), Key::chance).unwrap();
         let vouched = key.vouch(DIGEST, 1 << 20, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
-        assert_eq!(rustix::fs::fstat(&file).unwrap().st_size.cast_unsigned(), KEY as u64);
-        let next = Key::of(file).unwrap();
+        assert_eq!(rustix::fs::fstat(&file).unwrap().st_size.cast_unsigned(), BYTES as u64);
+        let next = Key::of(file, Key::chance).unwrap();
         assert_eq!(next.check_all(files(&origins([&vouched]).unwrap(), CODE, DIGEST)).0.len(), 1);
     }
 
     #[test]
     fn nothing_else_is_taken_over() {
-        let key = Key::of(empty()).unwrap();
+        let key = Key::of(empty(), Key::chance).unwrap();
         let vouched = key.vouch(DIGEST, 1 << 20, report("a"), sealed("artefact", CODE).unwrap()).unwrap();
         let told = origins([&vouched]).unwrap();
         let text = String::from_utf8(told.clone()).unwrap();
         let other = DIGEST.replace('0', "f");
         for (what, key, told, code, digest) in [
-            ("another key", &Key::of(empty()).unwrap(), told.clone(), CODE, DIGEST),
+            ("another key", &Key::of(empty(), Key::chance).unwrap(), told.clone(), CODE, DIGEST),
             ("other code", &key, told.clone(), b"machine code, or sO".as_slice(), DIGEST),
             ("longer code", &key, told.clone(), b"machine code, or so.", DIGEST),
             ("less code", &key, told.clone(), b"machine code, or s", DIGEST),
@@ -282,7 +317,7 @@ mod tests {
 
     #[test]
     fn what_could_still_change_is_not_vouched_for() {
-        let key = Key::of(empty()).unwrap();
+        let key = Key::of(empty(), Key::chance).unwrap();
         let open = empty();
         assert!(
             key.vouch(DIGEST, 1 << 20, report("a"), open).err().unwrap().to_string().contains("could still change")

@@ -15,12 +15,12 @@ use futures_util::StreamExt as _;
 use gaia_init::supervise::MAX_COMPILERS;
 use gaia_init::wire::FromControl;
 use gaia_manifest::{Brane, Capability, Diagnostic, Image, Lifecycle, Manifest, Severity};
+use gaia_store::{Digest, Graph};
 use rustix::fs::{AtFlags, Mode, OFlags};
-use sha2::{Digest as _, Sha256};
 
 use super::Control;
 use super::artefact::{self, Artefact, Key};
-use super::init::Found;
+use super::vault::Vault;
 use crate::channel::{Channel, read_whole, sealed};
 use crate::compile::{MAX_COMPONENT, MAX_REPORT, Report, Word};
 use crate::plan::{self, Plan};
@@ -148,33 +148,54 @@ impl Source {
     }
 }
 
-/// Starts the graph. If there is none or it does not come up, the appliance starts an empty one, answers 404 to everything
-/// and says why on its console.
-pub(super) async fn first(control: &Control, source: Option<&Source>, found: &Found) -> anyhow::Result<()> {
-    let workers = count(found.workers);
-    let mut generation = found.newest + 1;
-    let planned = match source {
-        Some(source) => planned(control, source, workers, generation).await,
-        None => Err(anyhow::anyhow!(NO_GRAPH)),
-    };
-    let started = match planned {
-        Ok(planned) => {
-            // Numbers are not used twice, whatever becomes of them.
-            generation += 1;
-            start(control, planned).await
+/// Starts the graph: the one that was deployed last, or the one before it if that does not come up, or the source's. If there
+/// is none or it does not come up either, the appliance starts an empty one, answers 404 to everything and says why on its console.
+pub(super) async fn first(control: &Control) -> anyhow::Result<()> {
+    let source = control.source.as_ref();
+    let stored = control.vault.as_ref().map(Vault::store);
+    let stored = stored.map(|store| [store.current(), store.previous_of_current()]).into_iter().flatten().flatten();
+    let mut any = false;
+    for graph in stored {
+        any = true;
+        match again(control, &graph).await {
+            Ok(()) => return Ok(()),
+            Err(e) => words(control, format!("graph {}: {e:#}", graph.number)).await,
         }
-        Err(e) => Err(e),
-    };
-    let Err(e) = started else { return Ok(()) };
-    let words = format!("{e:#}");
+    }
+    if !any {
+        let started = match source {
+            Some(source) => of_source(control, source).await,
+            None => Err(anyhow::anyhow!(NO_GRAPH)),
+        };
+        let Err(e) = started else { return Ok(()) };
+        words(control, format!("{e:#}")).await;
+        if source.is_some_and(|source| source.failure == Failure::End) {
+            control.init.tell(&FromControl::PowerOff, &[]).await;
+            return Ok(());
+        }
+    }
+    let plan = Plan { generation: 0, workers: control.workers_asked(), branes: Vec::new(), roots: String::new() };
+    start(control, Planned { plan, ..Planned::default() }).await
+}
+
+/// Says what went wrong, and keeps it for the status.
+async fn words(control: &Control, words: String) {
     control.say(&words).await;
     control.words.borrow_mut().push(words);
-    if source.is_some_and(|source| source.failure == Failure::End) {
-        control.init.tell(&FromControl::PowerOff, &[]).await;
-        return Ok(());
-    }
-    let plan = Plan { generation, workers, branes: Vec::new(), roots: String::new() };
-    start(control, Planned { plan, keepers: Vec::new(), artefacts: Vec::new() }).await
+}
+
+/// Starts a graph of the store's history as it was.
+pub(super) async fn again(control: &Control, graph: &Graph) -> anyhow::Result<()> {
+    let asked = Asked { shown: &graph.file, text: graph.manifest.clone(), images: Some(&graph.images) };
+    let planned = planned(control, &asked).await?;
+    planned.warn(control).await;
+    start(control, planned).await
+}
+
+async fn of_source(control: &Control, source: &Source) -> anyhow::Result<()> {
+    let planned = planned(control, &Asked::of(source)?).await?;
+    planned.warn(control).await;
+    start(control, planned).await
 }
 
 /// What the files were like when they were last looked at.
@@ -191,10 +212,7 @@ impl Seen {
 }
 
 /// Deploys the graph again whenever it or one of its components changes, for ever.
-pub(super) async fn watch(control: &Control, source: &Source, mut seen: Seen, found: &Found) {
-    let workers = count(found.workers);
-    let newest = control.plan.borrow().as_ref().map_or(found.newest, |p| p.generation);
-    let mut generation = newest.max(found.newest) + 1;
+pub(super) async fn watch(control: &Control, source: &Source, mut seen: Seen) {
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let mut now = source.stamps(&seen.images);
@@ -210,32 +228,27 @@ pub(super) async fn watch(control: &Control, source: &Source, mut seen: Seen, fo
         }
         // From before the reading: what changes meanwhile is seen next time.
         seen = Seen::now(source);
-        let serving = control.plan.borrow().clone();
-        let outcome = match planned(control, source, workers, generation).await {
-            Ok(Planned { plan, .. }) if serving.is_some_and(|s| s.branes == plan.branes && s.roots == plan.roots) => {
+        let outcome = async {
+            let planned = planned(control, &Asked::of(source)?).await?;
+            planned.warn(control).await;
+            if planned.changes_nothing(control) {
                 control.say(&format!("{}: nothing has changed", source.shown)).await;
-                continue;
+                return Ok(());
             }
-            Ok(planned) => {
-                generation += 1;
-                start(control, planned).await
-            }
-            Err(e) => Err(e),
+            start(control, planned).await
         };
-        if let Err(e) = outcome {
+        if let Err(e) = outcome.await {
             control.say(&format!("{e:#}")).await;
         }
     }
 }
 
-fn count(workers: usize) -> u32 {
-    u32::try_from(workers).unwrap_or(u32::MAX).max(1)
-}
-
-/// Hands the generation's files to init and has it started.
-async fn start(control: &Control, planned: Planned) -> anyhow::Result<()> {
-    let Planned { plan, keepers, artefacts } = planned;
-    let generation = plan.generation;
+/// Hands the generation's files to init and has it started, under a number that no other had, whatever becomes of it.
+pub(super) async fn start(control: &Control, planned: Planned) -> anyhow::Result<()> {
+    let Planned { mut plan, keepers, artefacts, .. } = planned;
+    let generation = control.newest.get() + 1;
+    control.newest.set(generation);
+    plan.generation = generation;
     let ended = control.plan.borrow().as_ref().map(|serving| ended_states(serving, &plan));
     for line in ended.into_iter().flatten() {
         control.say(&format!("generation {generation} {line}")).await;
@@ -270,11 +283,33 @@ async fn start(control: &Control, planned: Planned) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A generation that could be started.
-struct Planned {
-    plan: Plan,
+/// A generation that could be started. It has its number when it is.
+#[derive(Default)]
+pub(super) struct Planned {
+    pub(super) plan: Plan,
     keepers: Vec<Keepers>,
     artefacts: Vec<Artefact>,
+    /// What was resolved to what, of those images that are in the store.
+    pub(super) images: BTreeMap<String, Digest>,
+    /// What is to be said about it: as a person reads it, and in one line.
+    pub(super) warnings: Vec<(String, String)>,
+    /// How many images were compiled for it, and not found.
+    pub(super) compiled: usize,
+}
+
+impl Planned {
+    async fn warn(&self, control: &Control) {
+        for (shown, message) in &self.warnings {
+            control.say(shown).await;
+            control.words.borrow_mut().push(message.clone());
+        }
+    }
+
+    /// Whether it is what serves already.
+    pub(super) fn changes_nothing(&self, control: &Control) -> bool {
+        let serving = control.plan.borrow();
+        serving.as_ref().is_some_and(|s| s.branes == self.plan.branes && s.roots == self.plan.roots)
+    }
 }
 
 /// What the keepers of one pinned brane are told.
@@ -302,7 +337,7 @@ impl Keepers {
 }
 
 /// What a generation in the place of another ends: the states of pinned instances, and why.
-fn ended_states(serving: &Plan, next: &Plan) -> Vec<String> {
+pub(super) fn ended_states(serving: &Plan, next: &Plan) -> Vec<String> {
     let ended = |before: &plan::Brane| {
         let identity = before.keeper.as_ref()?;
         let (first, why) = match next.branes.iter().find(|brane| brane.name == before.name) {
@@ -330,22 +365,84 @@ fn limits(brane: &plan::Brane) -> (u64, Option<f64>, Duration, u64) {
     (brane.mem_max, brane.cpu_quota, brane.deadline, brane.body_max)
 }
 
-async fn planned(control: &Control, source: &Source, workers: u32, generation: u32) -> anyhow::Result<Planned> {
-    let name = source.shown.as_str();
-    let text = match source.read(&source.graph, gaia_manifest::MAX_BYTES as u64) {
-        Err(e) if e.kind() == ErrorKind::NotFound && source.seed => anyhow::bail!(NO_GRAPH),
-        other => other.with_context(|| format!("reading {name}"))?,
-    };
-    let text = String::from_utf8(text).with_context(|| format!("{name} is not UTF-8"))?;
-    let manifest = gaia_manifest::parse(&text).map_err(|wrong| refused(name, &text, &wrong))?;
+/// A graph that is asked for.
+pub(super) struct Asked<'a> {
+    /// How its file is called where something is said about it.
+    pub(super) shown: &'a str,
+    /// The manifest.
+    pub(super) text: String,
+    /// What its images are, in the store; where there is no such list, files are beside the source's manifest.
+    pub(super) images: Option<&'a BTreeMap<String, Digest>>,
+}
+
+impl<'a> Asked<'a> {
+    fn of(source: &'a Source) -> anyhow::Result<Self> {
+        let name = source.shown.as_str();
+        let text = match source.read(&source.graph, gaia_manifest::MAX_BYTES as u64) {
+            Err(e) if e.kind() == ErrorKind::NotFound && source.seed => anyhow::bail!(NO_GRAPH),
+            other => other.with_context(|| format!("reading {name}"))?,
+        };
+        let text = String::from_utf8(text).with_context(|| format!("{name} is not UTF-8"))?;
+        Ok(Self { shown: name, text, images: None })
+    }
+}
+
+/// Where the bytes of an image are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Whereabouts {
+    /// Beside the source's manifest.
+    File(String),
+    /// In the store.
+    Stored(Digest),
+}
+
+fn find(control: &Control, asked: &Asked<'_>, image: &Image) -> Result<Whereabouts, (String, &'static str)> {
+    let name = image.to_string();
+    if let Some(digest) = asked.images.and_then(|images| images.get(&name)) {
+        return Ok(Whereabouts::Stored(*digest));
+    }
+    match image {
+        Image::File(path) if asked.images.is_none() => Ok(Whereabouts::File(path.clone())),
+        Image::File(_) => Err((format!("\"{name}\" did not come with the manifest"), "gaia deploy sends such files")),
+        Image::Name { repository, tag, digest } => {
+            let help =
+                "put it there: gaia push NAME FILE.wasm; or name a file beside the manifest: image = \"file:./x.wasm\"";
+            let Some(vault) = &control.vault else {
+                return Err((format!("there is no store to find \"{name}\" in"), help));
+            };
+            let pinned = digest.as_ref().and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok());
+            let key = tag.as_ref().map_or_else(|| repository.clone(), |tag| format!("{repository}:{tag}"));
+            match (pinned, vault.store().resolve(&key)) {
+                // What is pinned is that, whatever the name stands for by now.
+                (Some(pinned), _) if vault.store().has(&pinned) => Ok(Whereabouts::Stored(pinned)),
+                (None, Some(digest)) => Ok(Whereabouts::Stored(digest)),
+                (Some(_), Some(other)) => Err((format!("\"{key}\" is {other} in the store"), help)),
+                (_, None) => Err((format!("\"{name}\" is not in the store"), help)),
+            }
+        }
+    }
+}
+
+/// Says what serves once a graph does: nothing is changed by that.
+///
+/// # Errors
+/// All that is wrong with it, each with its place in the manifest.
+pub(super) async fn planned(control: &Control, asked: &Asked<'_>) -> anyhow::Result<Planned> {
+    let (name, text, workers) = (asked.shown, asked.text.as_str(), control.workers_asked());
+    let manifest = gaia_manifest::parse(text).map_err(|wrong| refused(name, text, &wrong))?;
     let mut said = review::unsupported(&manifest);
-    let (compiled, failed) = compile_all(control, source, &manifest, workers).await;
+    let (compiled, failed, fresh) = compile_all(control, asked, &manifest, workers).await;
     said.extend(failed);
-    let secrets = source.secrets()?;
-    let (mut branes, mut pinned) = (Vec::new(), Vec::new());
+    let source = control.source.as_ref();
+    let secrets = source.map(Source::secrets).transpose()?.unwrap_or_default();
+    let (mut branes, mut pinned, mut images) = (Vec::new(), Vec::new(), BTreeMap::new());
     for brane in &manifest.branes {
-        let of = (brane.image.value.to_string(), reservation(brane, workers));
+        let image = brane.image.value.to_string();
+        let of = (image.clone(), reservation(brane, workers));
         let Some(compiled) = compiled.get(&of) else { continue };
+        if let Ok(digest) = format!("sha256:{}", compiled.digest).parse() {
+            images.insert(image, digest);
+        }
         said.extend(review::of(brane, &compiled.report));
         let (found, missing) = secrets_of(brane, &secrets);
         said.extend(missing);
@@ -363,17 +460,14 @@ async fn planned(control: &Control, source: &Source, workers: u32, generation: u
     }
     said.sort_by_key(|d| d.span.start);
     if said.iter().any(|d| d.severity == Severity::Error) {
-        return Err(refused(name, &text, &said));
+        return Err(refused(name, text, &said));
     }
-    for warning in &said {
-        control.say(&warning.render(name, &text, false)).await;
-        control.words.borrow_mut().push(warning.message.clone());
-    }
+    let warnings = said.iter().map(|warning| (warning.render(name, text, false), warning.message.clone())).collect();
     let mut artefacts: Vec<_> = compiled.into_values().collect();
     artefacts.sort_by_key(Artefact::name);
     artefacts.dedup_by_key(|artefact| artefact.name());
     let sends = |brane: &plan::Brane| brane.grants.iter().any(|grant| matches!(grant, Capability::Http(_)));
-    let roots = if branes.iter().any(sends) { source.roots()? } else { String::new() };
+    let roots = source.filter(|_| branes.iter().any(sends)).map(Source::roots).transpose()?.unwrap_or_default();
     let mut keepers = Vec::new();
     for (brane, _) in branes.iter_mut().zip(pinned).filter(|(_, pinned)| *pinned) {
         let of_it = Keepers::of(&control.key, brane, workers, &roots)?;
@@ -382,7 +476,8 @@ async fn planned(control: &Control, source: &Source, workers: u32, generation: u
         brane.keeper = Some(of_it.identity.clone());
         keepers.push(of_it);
     }
-    Ok(Planned { plan: Plan { generation, workers, branes, roots }, keepers, artefacts })
+    let plan = Plan { generation: 0, workers, branes, roots };
+    Ok(Planned { plan, keepers, artefacts, images, warnings, compiled: fresh })
 }
 
 /// The values of the secrets that a brane's `env` names, and what is to be said about those without one.
@@ -449,48 +544,87 @@ fn reservation(brane: &Brane, workers: u32) -> u64 {
     engine::reservation(plan::slots(brane.replicas, workers), brane.limits.mem_max.value)
 }
 
-/// Compiles each image once for each reservation. Returns what became of them, and what went wrong with the others.
-async fn compile_all(
-    control: &Control,
-    source: &Source,
-    manifest: &Manifest,
-    workers: u32,
-) -> (HashMap<(String, u64), Artefact>, Vec<Diagnostic>) {
-    let files = manifest.branes.iter().filter_map(|brane| match &brane.image.value {
-        Image::File(path) => Some(((path.as_str(), reservation(brane, workers)), brane)),
-        Image::Name { .. } => None,
-    });
-    let files: BTreeMap<(&str, u64), &Brane> = files.collect();
-    let mut all = HashMap::with_capacity(files.len());
-    let mut wrong = Vec::new();
-    let mut working = futures_util::stream::iter(files)
-        .map(async |((path, of), brane)| (of, brane, compiled_file(control, source, path, of).await))
+/// What became of each image and reservation, what is to be said of the others, and how many were compiled anew.
+type Compiled = (HashMap<(String, u64), Artefact>, Vec<Diagnostic>, usize);
+
+/// Has each image once for each reservation, compiled if it is not there already.
+async fn compile_all(control: &Control, asked: &Asked<'_>, manifest: &Manifest, workers: u32) -> Compiled {
+    let all = manifest.branes.iter().map(|b| ((b.image.value.to_string(), reservation(b, workers)), b));
+    let all: BTreeMap<(String, u64), &Brane> = all.collect();
+    let mut compiled = HashMap::with_capacity(all.len());
+    let (mut wrong, mut fresh) = (Vec::new(), 0);
+    let mut working = futures_util::stream::iter(all)
+        .map(async |((image, reservation), brane)| {
+            let outcome = artefact_of(control, asked, &brane.image.value, reservation).await;
+            ((image, reservation), brane, outcome)
+        })
         .buffer_unordered(MAX_COMPILERS);
     while let Some((of, brane, outcome)) = working.next().await {
         match outcome {
-            Ok(compiled) => drop(all.insert((brane.image.value.to_string(), of), compiled)),
-            Err(e) => wrong.push(Diagnostic::error(brane.image.span.clone(), format!("{e:#}"), "this image")),
+            Ok((artefact, is_fresh)) => {
+                fresh += usize::from(is_fresh);
+                compiled.insert(of, artefact);
+            }
+            Err(diagnostic) => wrong.push(Diagnostic { span: brane.image.span.clone(), ..diagnostic }),
         }
     }
-    (all, wrong)
+    (compiled, wrong, fresh)
 }
 
-async fn compiled_file(control: &Control, source: &Source, path: &str, reservation: u64) -> anyhow::Result<Artefact> {
-    let bytes = source.component(path)?;
-    compiled(control, &bytes, reservation).await.with_context(|| format!("compiling {path}"))
+/// An image's artefact, and whether it was compiled anew. What is wrong has its place still to be told.
+async fn artefact_of(
+    control: &Control,
+    asked: &Asked<'_>,
+    image: &Image,
+    reservation: u64,
+) -> Result<(Artefact, bool), Diagnostic> {
+    let wrong = |message: String| Diagnostic::error(0..0, message, "this image");
+    let place = find(control, asked, image).map_err(|(message, help)| wrong(message).help(help))?;
+    let outcome = match place {
+        Whereabouts::File(path) => {
+            async {
+                let source = control.source.as_ref().context("there is no folder to read files from")?;
+                let bytes = source.component(&path)?;
+                let digest = Digest::of(&bytes).hex();
+                compiled(control, &digest, reservation, async || Ok(bytes))
+                    .await
+                    .with_context(|| format!("compiling {path}"))
+            }
+            .await
+        }
+        Whereabouts::Stored(digest) => {
+            let read = async || {
+                let vault = control.vault.as_ref().context("there is no store")?;
+                vault.with(move |store| store.component(&digest)).await
+            };
+            compiled(control, &digest.hex(), reservation, read).await.with_context(|| format!("compiling {image}"))
+        }
+    };
+    outcome.map_err(|e| wrong(format!("{e:#}")))
 }
 
-async fn compiled(control: &Control, component: &[u8], reservation: u64) -> anyhow::Result<Artefact> {
-    let digest = Sha256::digest(component).iter().fold(String::new(), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    });
-    let of = (digest, reservation);
+/// Machine code of a component for a reservation, and whether it was compiled anew: what serves, what the store has, or what a
+/// compiler makes of its bytes.
+async fn compiled(
+    control: &Control,
+    digest: &str,
+    reservation: u64,
+    component: impl AsyncFnOnce() -> anyhow::Result<Vec<u8>>,
+) -> anyhow::Result<(Artefact, bool)> {
+    let of = (digest.to_owned(), reservation);
     if let Some(artefact) = control.compiled.borrow().get(&of) {
-        return Ok(artefact.try_clone()?);
+        return Ok((artefact.try_clone()?, false));
     }
+    if let Some(vault) = &control.vault
+        && let Some(artefact) = vault.artefact(&control.key, digest, reservation).await
+    {
+        control.compiled.borrow_mut().insert(of, artefact.try_clone()?);
+        return Ok((artefact, false));
+    }
+    let component = component().await?;
     let compiler = Channel::new(control.init.compiler(control.ticket()).await?)?;
-    let file = sealed("component", component)?;
+    let file = sealed("component", &component)?;
+    drop(component);
     compiler.send(&Word::Compile { reservation }, &[file.as_fd()]).await?;
     let (Word::Done, files) = compiler.receive::<Word>().await.context("the compiler ended without an answer")? else {
         anyhow::bail!("the compiler did not answer");
@@ -503,8 +637,13 @@ async fn compiled(control: &Control, component: &[u8], reservation: u64) -> anyh
     }
     let file = files.next().context("the compiler sent no artefact")?;
     let artefact = control.key.vouch(&of.0, reservation, report, file).context("the compiler sent an artefact that")?;
+    if let Some(vault) = &control.vault
+        && let Err(e) = vault.keep_artefact(&artefact).await
+    {
+        control.say(&format!("machine code is not kept, and will be made again after a restart: {e:#}")).await;
+    }
     control.compiled.borrow_mut().insert(of, artefact.try_clone()?);
-    Ok(artefact)
+    Ok((artefact, true))
 }
 
 #[cfg(test)]
@@ -513,8 +652,7 @@ mod tests {
     use gaia_manifest::Resolution;
 
     fn key() -> Key {
-        use rustix::fs::MemfdFlags;
-        Key::of(rustix::fs::memfd_create("key", MemfdFlags::ALLOW_SEALING).unwrap()).unwrap()
+        Key::from_bytes(&Key::chance().unwrap())
     }
 
     fn counter() -> plan::Brane {

@@ -135,7 +135,7 @@ impl Init {
             }
             ToControl::Serving { generation } => self.started(generation, Ok(())),
             ToControl::Failed { generation, reason } => self.started(generation, Err(reason)),
-            ToControl::Exited { pid, cause, .. } => control.process_ended(pid, &cause),
+            ToControl::Exited { role, pid, cause } => control.process_ended(pid, &role, &cause),
             ToControl::Role { name, pid, restarts, millis, state, sandbox, .. } => {
                 if let Some(Listing::Roles(roles, _)) = self.listings.borrow_mut().front_mut() {
                     roles.push(Role { name, pid, restarts, millis, state, sandbox });

@@ -8,10 +8,13 @@ pub mod api;
 pub mod artefact;
 pub mod caller;
 mod certificate;
+pub mod change;
+mod delivery;
 pub mod deploy;
 mod init;
 pub mod log;
 pub mod report;
+mod vault;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -36,6 +39,8 @@ use crate::worker::conversation::{self, Instance};
 
 /// How often control shows init that its loop turns.
 const BEAT: Duration = Duration::from_secs(1);
+/// Threads that wait for the disk, at most.
+const DISK_THREADS: usize = 2;
 /// How long a worker may take to answer about its instances; one that is busy says so by its silence.
 const WORKER_WITHIN: Duration = Duration::from_secs(2);
 
@@ -117,6 +122,18 @@ pub struct Control {
     /// Components that were compiled and serve, by digest and by what is reserved for a memory.
     compiled: RefCell<HashMap<(String, u64), Artefact>>,
     key: Key,
+    /// The store, if there is a data directory.
+    vault: Option<vault::Vault>,
+    /// Where the graph is that serves before one is deployed, and what goes with every graph.
+    source: Option<deploy::Source>,
+    /// Workers that a generation has.
+    cores: Cell<usize>,
+    /// The newest generation that was started, or tried.
+    newest: Cell<u32>,
+    /// Held by whoever changes what serves.
+    changing: tokio::sync::Mutex<()>,
+    /// What was deployed last, while it may still have to be taken back.
+    trial: RefCell<Option<delivery::Trial>>,
     past: RefCell<Past>,
     /// What the last deploy failed with, or warned about.
     words: RefCell<Vec<String>>,
@@ -134,7 +151,12 @@ pub fn run() -> anyhow::Result<()> {
     let ports = name_servers().iter().map(SocketAddr::port).collect();
     sandbox::enter(&sandbox::control::SANDBOX, &ports, Demand::from_environment())?;
     let mut descriptors = Descriptors::inherit()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Beside this thread there are those that wait for the disk.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(DISK_THREADS)
+        .thread_stack_size(256 << 10)
+        .build()?;
     tokio::task::LocalSet::new().block_on(&runtime, live(&mut descriptors))
 }
 
@@ -144,7 +166,15 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let files = seed.as_ref().map(certificate::Files::from_environment).transpose()?.flatten();
     let source = seed.map(deploy::Source::from_environment);
     let api = descriptors.take("api").ok();
-    let key = Key::of(descriptors.take("key")?)?;
+    let (vault, findings) = match descriptors.take("data").ok().map(|data| vault::Vault::open(&data)) {
+        None => (None, Vec::new()),
+        Some(Ok((vault, findings))) => (Some(vault), findings.iter().map(ToString::to_string).collect()),
+        Some(Err(e)) => (None, vec![format!("no store, so nothing can be deployed: {e}")]),
+    };
+    let key = Key::of(descriptors.take("key")?, || match vault.as_ref().map(vault::Vault::key) {
+        Some(Ok(kept)) => Ok(kept),
+        _ => Key::chance(),
+    })?;
     let control = Rc::new(Control {
         init,
         workers: RefCell::default(),
@@ -153,6 +183,12 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
         log: log::History::default(),
         compiled: RefCell::default(),
         key,
+        vault,
+        source,
+        cores: Cell::default(),
+        newest: Cell::default(),
+        changing: tokio::sync::Mutex::default(),
+        trial: RefCell::default(),
         past: RefCell::default(),
         words: RefCell::default(),
         // Not where the control before this one began: its questions may still be answered.
@@ -173,7 +209,11 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     }
     let starting = Rc::clone(&control);
     tokio::task::spawn_local(async move {
-        if let Err(e) = starting.begin(source, files).await {
+        for finding in findings {
+            starting.say(&format!("store: {finding}")).await;
+            starting.words.borrow_mut().push(format!("store: {finding}"));
+        }
+        if let Err(e) = starting.begin(files).await {
             starting.say(&format!("{e:#}")).await;
         }
     });
@@ -183,31 +223,32 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
 
 impl Control {
     /// Takes over what serves, or starts the graph.
-    async fn begin(
-        self: &Rc<Self>,
-        source: Option<deploy::Source>,
-        files: Option<certificate::Files>,
-    ) -> anyhow::Result<()> {
+    async fn begin(self: &Rc<Self>, files: Option<certificate::Files>) -> anyhow::Result<()> {
+        // Until it is known what serves, nobody changes it.
+        let changing = self.changing.lock().await;
         // Before the workers are known: each is given it when it is.
         if let Some(files) = files
             && let Err(e) = certificate::keep(self, files).await
         {
             self.say(&format!("{e:#}")).await;
             self.words.borrow_mut().push(format!("{e:#}"));
-            if source.as_ref().is_some_and(deploy::Source::ends_when_it_fails) {
+            if self.source.as_ref().is_some_and(deploy::Source::ends_when_it_fails) {
                 self.init.tell(&FromControl::PowerOff, &[]).await;
                 return Ok(());
             }
         }
         let mut found = self.init.hello().await?;
         // Before the first reading, or what changes between would not be seen.
-        let seen = source.as_ref().filter(|source| source.watch).map(deploy::Seen::now);
+        let seen = self.source.as_ref().filter(|source| source.watch).map(deploy::Seen::now);
+        self.cores.set(found.workers);
+        self.newest.set(found.newest);
         match found.generation {
             Some(generation) => self.take_over(generation, std::mem::take(&mut found.files)).await?,
-            None => deploy::first(self, source.as_ref(), &found).await?,
+            None => deploy::first(self).await?,
         }
-        if let (Some(source), Some(seen)) = (source, seen) {
-            deploy::watch(self, &source, seen, &found).await;
+        drop(changing);
+        if let (Some(source), Some(seen)) = (&self.source, seen) {
+            deploy::watch(self, source, seen).await;
         }
         Ok(())
     }
@@ -231,6 +272,11 @@ impl Control {
         let words = format!("{branes} branes, {workers} workers{keepers}, {known} artefacts");
         self.say(&format!("took over generation {generation}: {words}")).await;
         Ok(())
+    }
+
+    /// Workers among whom a graph's replicas are divided.
+    fn workers_asked(&self) -> u32 {
+        u32::try_from(self.cores.get()).unwrap_or(u32::MAX).max(1)
     }
 
     /// Shows a line on the console.
@@ -280,13 +326,16 @@ impl Control {
     }
 
     /// A process ended. Of a worker, its page says how many requests ended with it; a keeper's state has ended.
-    fn process_ended(&self, pid: i32, cause: &str) {
+    fn process_ended(self: &Rc<Self>, pid: i32, role: &str, cause: &str) {
         let mut workers = self.workers.borrow_mut();
         let Some(at) = workers.iter().position(|w| w.pid == pid) else { return };
         let worker = workers.swap_remove(at);
         // One that was drained has said so itself.
         if let (Runs::Kept { name, replica, .. }, false) = (&worker.runs, cause == "exited with status 0") {
             self.keeper_ended(name, *replica, cause);
+        }
+        if cause != "exited with status 0" {
+            delivery::died(self, worker.generation, role, cause);
         }
         worker.gone.set(true);
         worker.records.notify_one();

@@ -1,7 +1,9 @@
 //! What control tells operators: the types of the API's answers. Version 1.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use gaia_store::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::log::Event;
@@ -153,4 +155,167 @@ pub struct Done {
 pub struct Failed {
     /// Why, and what to do.
     pub error: String,
+}
+
+/// `POST /v1/plan` and `POST /v1/deploy`: a graph that is to serve.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Deploy {
+    /// The manifest's text.
+    pub manifest: String,
+    /// How its file is called where something is said about it.
+    pub file: String,
+    /// Components in the store that the manifest's `file:` images are, by what it calls them.
+    #[serde(default)]
+    pub images: BTreeMap<String, Digest>,
+    /// The plan that was agreed to; any, if not said.
+    #[serde(default)]
+    pub plan: Option<String>,
+    /// It may end the states of pinned instances.
+    #[serde(default)]
+    pub ends_states: bool,
+}
+
+/// `POST /v1/rollback`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rollback {
+    /// It may end the states of pinned instances.
+    #[serde(default)]
+    pub ends_states: bool,
+}
+
+/// One line of the answer to what takes a while. The last is none of the first kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// What is being done.
+    Doing(String),
+    /// What would change.
+    Plan(Box<PlanReport>),
+    /// It is done.
+    Done(Deployed),
+    /// It is not, and nothing has changed; why, and what to do.
+    Failed(String),
+}
+
+/// What a deploy or a way back has come to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deployed {
+    /// The graph's number in the history.
+    pub graph: u64,
+    /// The generation that serves it.
+    pub generation: u32,
+    /// What changed.
+    pub plan: PlanReport,
+    /// From the request to the moment from which on nothing else serves, in ms.
+    pub millis: u64,
+}
+
+/// What a deploy would change.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanReport {
+    /// Stands for this plan and for what serves now: a deploy that names it is refused if either has become another.
+    pub id: String,
+    /// The graph that serves, by its number in the history; none, if it is none of that.
+    pub against: Option<u64>,
+    /// The branes, those that are removed last.
+    pub branes: Vec<BraneChange>,
+    /// The states of pinned instances that it would end, and why.
+    pub ends: Vec<String>,
+    /// What workers can do towards the outside.
+    pub sandbox: String,
+    /// What they can do before.
+    pub sandbox_before: Option<String>,
+    /// What all instances together may have of memory, in bytes. It is taken when it is touched.
+    pub declared: u64,
+    /// The memory that the machine has, in bytes.
+    pub memory: u64,
+    /// What else is to be said, as a person reads it.
+    pub warnings: Vec<String>,
+    /// Components that had to be compiled for it.
+    pub compiled: usize,
+    /// What planning took, in µs.
+    pub micros: u64,
+}
+
+/// What becomes of one brane.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BraneChange {
+    /// Its name.
+    pub name: String,
+    /// What becomes of it.
+    pub change: Change,
+    /// Its image.
+    pub image: String,
+    /// SHA-256 of its component, in hexadecimal.
+    pub digest: String,
+    /// What that was before, if it was another.
+    pub digest_before: Option<String>,
+    /// What it is granted now and was not, or the other way round; what widens first.
+    pub grants: Vec<GrantChange>,
+    /// What else is another.
+    pub others: Vec<String>,
+}
+
+/// What becomes of a brane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// It is new.
+    Added,
+    /// Something about it is another.
+    Changed,
+    /// It is gone.
+    Removed,
+    /// Nothing.
+    Same,
+}
+
+/// A grant, or a part of one, that was not there before or is not there any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantChange {
+    /// As a person reads it.
+    pub text: String,
+    /// Of what is granted now, whether that is more than before; none for what is not granted any more.
+    pub widens: Option<bool>,
+}
+
+/// `POST /v1/components`: a component that is in the store now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pushed {
+    /// Its digest.
+    pub digest: Digest,
+    /// Its bytes.
+    pub bytes: u64,
+    /// The name that stands for it.
+    pub name: Option<String>,
+}
+
+/// `GET /v1/graphs`: the history, oldest first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Graphs {
+    /// Those that are kept.
+    pub graphs: Vec<GraphEntry>,
+}
+
+/// A graph of the history.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GraphEntry {
+    /// Its number.
+    pub number: u64,
+    /// It is the one that serves, or is to.
+    pub current: bool,
+    /// A way back from it leads there.
+    pub previous: Option<u64>,
+    /// The manifest's file.
+    pub file: String,
+    /// Who deployed it.
+    pub by: String,
+    /// When, in ns since 1970.
+    pub at_ns: u64,
+    /// What became of it, if that is to be told.
+    pub outcome: Option<String>,
+    /// Its images and their digests.
+    pub images: BTreeMap<String, Digest>,
 }
