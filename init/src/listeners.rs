@@ -3,11 +3,18 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
+use std::time::Duration;
+
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
 /// Connections that wait in one socket's queue while its worker is away. The kernel caps it at
 /// `net.core.somaxconn`, which init raises to the same figure.
 pub const BACKLOG: i32 = 4096;
+
+/// Connections that wait for control. What is more is not answered, and tries again: whoever floods the port holds nothing else.
+pub const CONTROL_BACKLOG: i32 = 64;
+/// What the name of a socket on which operators reach control begins with: `control-tls-v4`.
+pub const CONTROL_PREFIX: &str = "control-tls-";
 
 /// What is spoken on a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +114,35 @@ pub fn open(addresses: &[(Protocol, SocketAddr)], cores: &[usize]) -> Opened {
     opened
 }
 
+/// Opens the sockets on which operators reach control, of both families, with their names.
+///
+/// An operator's connection may be silent for as long as nothing happens, so the kernel asks whether its peer is still
+/// there. Those who are accepted inherit it: control may set nothing of the kind.
+#[must_use]
+pub fn open_control(port: u16) -> (Vec<(String, OwnedFd)>, Vec<Error>) {
+    let (mut sockets, mut errors) = (Vec::new(), Vec::new());
+    for (address, family) in [(IpAddr::V4(Ipv4Addr::UNSPECIFIED), "v4"), (IpAddr::V6(Ipv6Addr::UNSPECIFIED), "v6")] {
+        let address = SocketAddr::new(address, port);
+        let socket = listen_with(address, CONTROL_BACKLOG).and_then(|socket| {
+            let at = |step| move |source| Error { address, step, source };
+            sockopt::set_socket_keepalive(&socket, true).map_err(at("SO_KEEPALIVE"))?;
+            sockopt::set_tcp_keepidle(&socket, Duration::from_secs(30)).map_err(at("TCP_KEEPIDLE"))?;
+            sockopt::set_tcp_keepintvl(&socket, Duration::from_secs(10)).map_err(at("TCP_KEEPINTVL"))?;
+            sockopt::set_tcp_keepcnt(&socket, 3).map_err(at("TCP_KEEPCNT"))?;
+            // Milliseconds: who takes nothing of what is sent is gone as well.
+            sockopt::set_tcp_user_timeout(&socket, 60_000).map_err(at("TCP_USER_TIMEOUT"))?;
+            sockopt::set_tcp_nodelay(&socket, true).map_err(at("TCP_NODELAY"))?;
+            Ok(socket)
+        });
+        match socket {
+            Ok(socket) => sockets.push((format!("{CONTROL_PREFIX}{family}"), socket)),
+            Err(e) if address.is_ipv6() && e.source == rustix::io::Errno::AFNOSUPPORT => {}
+            Err(e) => errors.push(e),
+        }
+    }
+    (sockets, errors)
+}
+
 /// Has the socket listen again, should one of those who share it have shut it down, which takes it out of every
 /// connection's reach until then (Linux, `inet_shutdown`). To one that listens it does nothing.
 ///
@@ -117,6 +153,10 @@ pub fn listen_again(listener: &Listener) -> Result<(), rustix::io::Errno> {
 }
 
 fn listen(address: SocketAddr) -> Result<OwnedFd, Error> {
+    listen_with(address, BACKLOG)
+}
+
+fn listen_with(address: SocketAddr, backlog: i32) -> Result<OwnedFd, Error> {
     let at = |step| move |source| Error { address, step, source };
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -129,7 +169,7 @@ fn listen(address: SocketAddr) -> Result<OwnedFd, Error> {
     sockopt::set_socket_reuseaddr(&socket, true).map_err(at("SO_REUSEADDR"))?;
     sockopt::set_socket_reuseport(&socket, true).map_err(at("SO_REUSEPORT"))?;
     rustix::net::bind(&socket, &address).map_err(at("bind"))?;
-    rustix::net::listen(&socket, BACKLOG).map_err(at("listen"))?;
+    rustix::net::listen(&socket, backlog).map_err(at("listen"))?;
     Ok(socket)
 }
 
@@ -158,6 +198,19 @@ mod tests {
         assert_eq!(error.step, "bind");
         assert!(error.to_string().contains(&taken.0.to_string()));
         assert!(opened.listeners.iter().any(|l| l.name == format!("http-{free}-v4")));
+    }
+
+    #[test]
+    fn operators_have_a_socket_of_each_family_whose_silence_ends() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (sockets, errors) = open_control(port);
+        assert!(errors.is_empty(), "{errors:?}");
+        assert_eq!(sockets[0].0, "control-tls-v4");
+        let _client = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let accepted = rustix::net::accept(&sockets[0].1).unwrap();
+        assert!(sockopt::socket_keepalive(&accepted).unwrap() && sockopt::tcp_nodelay(&accepted).unwrap());
+        assert_eq!(sockopt::tcp_user_timeout(&accepted).unwrap(), 60_000);
+        assert_eq!(sockopt::tcp_keepidle(&accepted).unwrap(), Duration::from_secs(30));
     }
 
     #[test]

@@ -3,15 +3,21 @@
 //! A file that does not parse never bricks the device: [`parse`] returns the error as text for the console, and
 //! the caller goes on with [`Settings::default`].
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
 use serde::Deserialize;
 
+use crate::key::PublicKey;
+
 /// The largest `gaia.toml` that is read, in bytes.
 pub const MAX_BYTES: u64 = 64 * 1024;
 /// The most ports for requests: each is two sockets for every worker core, all of which have names in one variable.
 pub const MAX_PORTS: usize = 16;
+/// The most operators: control is told of all of them in one variable, and looks through them at each handshake.
+pub const MAX_OPERATORS: usize = 64;
 
 /// Everything `gaia.toml` can say.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
@@ -27,6 +33,10 @@ pub struct Settings {
     pub workers: Workers,
     /// `[console]`
     pub console: Console,
+    /// `[control]`
+    pub control: Control,
+    /// `[operators]`: who may operate the appliance over the network, by a name for the log; nobody unless listed.
+    pub operators: BTreeMap<Operator, PublicKey>,
 }
 
 /// The network of the appliance itself.
@@ -167,6 +177,71 @@ impl ConsoleMode {
     }
 }
 
+/// Where control answers operators over the network, if any are listed.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Control {
+    /// The TCP port, on all addresses.
+    pub port: u16,
+}
+
+/// The port on which control answers operators, if `gaia.toml` does not say another: the number of the RFC by which both
+/// sides show their keys, and nobody's at IANA.
+pub const CONTROL_PORT: u16 = 7250;
+
+impl Default for Control {
+    fn default() -> Self {
+        Self { port: CONTROL_PORT }
+    }
+}
+
+/// An operator's name: 1 to 32 of the letters, digits, `.`, `-` and `_` of ASCII. It stands in the log.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Operator(String);
+
+impl TryFrom<String> for Operator {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        let usual = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
+        if (1..=32).contains(&name.len()) && name.bytes().all(usual) {
+            return Ok(Self(name));
+        }
+        Err(format!(
+            "{:?} cannot be an operator's name: 1 to 32 letters, digits, '.', '-' and '_'",
+            name.chars().take(64).collect::<String>()
+        ))
+    }
+}
+
+impl fmt::Display for Operator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What is wrong with who operates and where.
+fn check_operators(settings: &Settings) -> Result<(), String> {
+    let Settings { control: Control { port }, operators, ingress, .. } = settings;
+    if *port == 0 {
+        return Err("control.port: 0 is not a port; name one from 1 to 65535, or leave it away for 7250".to_owned());
+    }
+    if operators.len() > MAX_OPERATORS {
+        return Err(format!("operators: at most {MAX_OPERATORS}"));
+    }
+    let mut names: BTreeMap<&PublicKey, &Operator> = BTreeMap::new();
+    for (name, key) in operators {
+        if let Some(other) = names.insert(key, name) {
+            return Err(format!("operators.{name}: the key is that of {other} already; each operator has its own"));
+        }
+    }
+    if !operators.is_empty() && (ingress.http.contains(port) || ingress.https.contains(port)) {
+        return Err(format!("control.port: port {port} is one of the ingress's; name another: [control] port = 7250"));
+    }
+    Ok(())
+}
+
 /// An address with the length of its network's prefix: `10.0.2.15/24`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -220,6 +295,7 @@ pub fn parse(text: &str) -> Result<Settings, String> {
         }
     }
     settings.ingress.check()?;
+    check_operators(&settings)?;
     if let Some(name) = settings.egress.roots.iter().find(|name| !is_beside_the_graph(name)) {
         return Err(format!("egress.roots: {name:?} is not the name of a file beside the graph"));
     }
@@ -253,6 +329,13 @@ mod tests {
         assert_eq!(s.workers.huge_pages, HugePages::Never);
         assert_eq!(s.console.mode, ConsoleMode::Observe);
         assert_eq!(s.ingress.http, [80], "what is not named keeps its default");
+        assert_eq!((s.control.port, s.operators.len()), (7250, 0), "nobody, unless listed");
+        let s = parse(
+            "[control]\nport = 9000\n[operators]\nann = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"\n",
+        );
+        let s = s.unwrap();
+        let ann = s.operators.iter().next().unwrap();
+        assert_eq!((s.control.port, ann.0.to_string().as_str(), ann.1.0[0]), (9000, "ann", 0xd7));
         let s = parse("[ingress]\nhttps = [443, 8443]\ncertificate = \"site.pem\"\nkey = \"site.key\"\n").unwrap();
         assert_eq!((s.ingress.https.as_slice(), s.ingress.http.as_slice()), (&[443, 8443][..], &[80][..]));
         assert_eq!((s.ingress.certificate.as_deref(), s.ingress.key.as_deref()), (Some("site.pem"), Some("site.key")));
@@ -278,6 +361,18 @@ mod tests {
             ("[ingress]\nhttps = [80]\ncertificate = \"a.pem\"\nkey = \"a.key\"", "port 80"),
             ("[ingress]\nhttps = [443]\ncertificate = \"a.pem\"\nkey = \"/etc/a.key\"", "beside the graph"),
             ("[ingress]\ncertificate = \"a\\nb\"", "beside the graph"),
+            ("[control]\nport = 0", "not a port"),
+            (
+                "[control]\nport = 80\n[operators]\nann = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"",
+                "port 80",
+            ),
+            ("[operators]\nann = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHUR\"", "line 2, column 7"),
+            ("[operators]\nann = \"ssh-ed25519 AAAA\"", "gaia key"),
+            ("[operators]\n\"a b\" = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"", "operator's name"),
+            (
+                "[operators]\na = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"\nb = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"",
+                "that of a already",
+            ),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(wanted), "{text:?} gave {error:?}, which lacks {wanted:?}");

@@ -3,7 +3,7 @@
 #![no_main]
 #![allow(clippy::panic, reason = "a panic is what a fuzz target reports with")]
 
-use gaia_init::settings::{self, MAX_PORTS};
+use gaia_init::settings::{self, MAX_OPERATORS, MAX_PORTS};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
@@ -15,6 +15,11 @@ fuzz_target!(|text: &str| {
                 let most = if prefix.address.is_ipv4() { 32 } else { 128 };
                 assert!(prefix.length <= most, "{prefix:?}");
                 assert_eq!(format!("{}/{}", prefix.address, prefix.length).parse().as_ref(), Ok(prefix));
+            }
+            assert!(settings.operators.len() <= MAX_OPERATORS && settings.control.port != 0, "out of bounds");
+            for (name, key) in &settings.operators {
+                assert!(!name.to_string().contains([' ', '=']), "{name:?} would be two words");
+                assert_eq!(key.to_string().parse().as_ref(), Ok(key));
             }
             let fourth = settings.network.gateway.iter().filter(|gateway| gateway.is_ipv4()).count();
             assert!(fourth <= 1 && settings.network.gateway.len() - fourth <= 1, "two gateways of a family");

@@ -42,6 +42,7 @@ fn it_serves_from_a_component_shows_itself_and_powers_off_without_a_complaint() 
         "sandboxes",
         "network",
         "listeners",
+        "operators",
         "watchdog",
         "console",
         "seal",

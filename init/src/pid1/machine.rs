@@ -36,6 +36,9 @@ pub(crate) struct Appliance {
     /// Name servers and extra roots, as control reads them.
     dns: String,
     roots: String,
+    /// The sockets on which operators reach control, and the operators, as control reads them.
+    control: Vec<(String, OwnedFd)>,
+    operators: String,
     /// The files of the ingress's certificate and its key, if there are any.
     secured: Option<(String, String)>,
 }
@@ -46,6 +49,7 @@ impl Appliance {
         settings: &Settings,
         groups: Groups,
         api: Option<OwnedFd>,
+        control: Vec<(String, OwnedFd)>,
         watchdog: Option<Watchdog>,
         terminal: Option<OwnedFd>,
         seed: Option<OwnedFd>,
@@ -58,7 +62,23 @@ impl Appliance {
         let dns = settings.network.dns.iter().map(server).collect::<Vec<_>>().join(" ");
         let roots = settings.egress.roots.join("\n");
         let secured = settings.ingress.certificate.clone().zip(settings.ingress.key.clone());
-        Ok(Self { report, groups, api, watchdog, terminal, seed, null, words, console_mode, dns, roots, secured })
+        let operators: Vec<String> = settings.operators.iter().map(|(name, key)| format!("{name}={key}")).collect();
+        Ok(Self {
+            report,
+            groups,
+            api,
+            watchdog,
+            terminal,
+            seed,
+            null,
+            words,
+            console_mode,
+            dns,
+            roots,
+            control,
+            operators: operators.join(" "),
+            secured,
+        })
     }
 }
 
@@ -108,6 +128,7 @@ impl Machine for Appliance {
             Kind::Control => {
                 add("api", self.api.as_ref());
                 add("seed", self.seed.as_ref());
+                self.control.iter().for_each(|(name, socket)| add(name, Some(socket)));
             }
             Kind::Worker | Kind::Keeper => {
                 add("tick", Some(&self.groups.tick));
@@ -122,6 +143,7 @@ impl Machine for Appliance {
         match role.kind {
             Kind::Control => {
                 let mut all = vec![("GAIA_DNS".into(), self.dns.clone()), ("GAIA_ROOTS".into(), self.roots.clone())];
+                all.push(("GAIA_OPERATORS".into(), self.operators.clone()));
                 if let Some((certificate, key)) = &self.secured {
                     all.push(("GAIA_CERTIFICATE".into(), certificate.clone()));
                     all.push(("GAIA_KEY".into(), key.clone()));

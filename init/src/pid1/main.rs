@@ -64,6 +64,7 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     let _ = report.step("network", || network::up(&settings.network));
     let listeners = report.step("listeners", || listen(&settings.ingress, &cores));
     let api = report.step("control socket", machine::api_socket).ok();
+    let operators = report.step("operators", || operators(&settings)).unwrap_or_default();
     let watchdog = report.step("watchdog", watchdog::Watchdog::open).ok().flatten();
     let terminal = report.step("console", || machine::terminal(&parameters)).ok();
     report.step("seal", mounts::seal)?;
@@ -75,8 +76,8 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     }
     #[cfg(feature = "debug-role")]
     standing.push(Kind::Debug);
-    let appliance =
-        Appliance::new(report, &settings, groups, api, watchdog, terminal, seed).map_err(|e| e.to_string())?;
+    let appliance = Appliance::new(report, &settings, groups, api, operators, watchdog, terminal, seed)
+        .map_err(|e| e.to_string())?;
     let supervisor = Supervisor::new(appliance, cores, listeners.unwrap_or_default(), &standing);
     let mut supervisor = supervisor.map_err(|e| e.to_string())?;
     let end = supervisor.run().map_err(|e| e.to_string())?;
@@ -105,6 +106,24 @@ fn listen(ingress: &settings::Ingress, cores: &Cores) -> Result<(Vec<Listener>, 
         said = format!("FAILED: {wrong}; what is there: {said}");
     }
     Ok((listeners, said))
+}
+
+/// Opens the sockets on which operators reach control, if there are operators.
+fn operators(settings: &Settings) -> Result<(Vec<(String, OwnedFd)>, String), report::Failure> {
+    let names: Vec<String> = settings.operators.keys().map(ToString::to_string).collect();
+    if names.is_empty() {
+        return Ok((Vec::new(), "none are listed: the console alone operates".into()));
+    }
+    let (sockets, errors) = listeners::open_control(settings.control.port);
+    let wrong = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let mut said = format!("{} on port {}", names.join(", "), settings.control.port);
+    if sockets.is_empty() {
+        return Err(format!("no socket listens for {said}: {wrong}").into());
+    }
+    if !wrong.is_empty() {
+        said = format!("FAILED: {wrong}; what is there: {said}");
+    }
+    Ok((sockets, said))
 }
 
 /// Reads `gaia.toml`. What does not parse becomes safe defaults, and the console says why.

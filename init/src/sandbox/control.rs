@@ -16,7 +16,7 @@ const OWN: &[Call] = &[
     call!(SYS_stat = stat, [], "what kind a path is"),
     call!(SYS_uname = uname, [], "the kernel's version"),
     call!(SYS_sysinfo = sysinfo, [], "the machine's memory"),
-    call!(SYS_accept4 = accept4, [], "operators, on the socket that init has opened"),
+    call!(SYS_accept4 = accept4, [], "operators, on the sockets that init has opened"),
     call!(
         SYS_socket = socket,
         [
