@@ -11,10 +11,12 @@ use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use crate::control::log::Query;
 use crate::control::report::{Done, Failed, Line, Ps, Status};
+use crate::remote::{Folder, Remote};
 
 /// Where the appliance's control listens.
 pub const DEFAULT_SOCKET: &str = "/run/control.sock";
@@ -35,6 +37,9 @@ pub enum Error {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// It cannot be reached over the network, or is not the one that it was.
+    #[error("{0}")]
+    Remote(String),
     /// It took too long.
     #[error("no answer within {} s", WITHIN.as_secs())]
     Slow,
@@ -52,14 +57,39 @@ pub enum Error {
 /// An appliance that can be asked.
 #[derive(Debug, Clone)]
 pub struct Client {
-    socket: PathBuf,
+    way: Way,
 }
+
+/// How it is reached.
+#[derive(Debug, Clone)]
+enum Way {
+    Socket(PathBuf),
+    Network(Folder, Box<Remote>),
+}
+
+/// What a conversation goes over.
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
 
 impl Client {
     /// The one whose control listens on this socket.
     #[must_use]
     pub fn new(socket: PathBuf) -> Self {
-        Self { socket }
+        Self { way: Way::Socket(socket) }
+    }
+
+    /// This one, over the network.
+    #[must_use]
+    pub fn remote(folder: Folder, remote: Remote) -> Self {
+        Self { way: Way::Network(folder, Box::new(remote)) }
+    }
+
+    /// How a conversation broke: what to do about it, if that is known.
+    fn broken(&self, error: &(dyn std::error::Error + 'static)) -> Error {
+        match &self.way {
+            Way::Network(_, remote) if let Some(words) = remote.explained(error) => Error::Remote(words),
+            _ => Error::Broken(error.to_string()),
+        }
     }
 
     /// `GET /v1/status`
@@ -99,7 +129,6 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub fn logs(&self, query: &Query, mut line: impl FnMut(Line) -> bool) -> Result<(), Error> {
-        let broken = |e: &dyn std::fmt::Display| Error::Broken(e.to_string());
         let mut path = format!("/v1/logs?since_ns={}", query.since_ns);
         if let Some(brane) = &query.brane {
             path.push_str("&brane=");
@@ -111,13 +140,13 @@ impl Client {
         runtime()?.block_on(async {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
-                let mut body = answered(sender, Method::GET, &path).await?.into_body();
+                let mut body = self.answered(sender, Method::GET, &path).await?.into_body();
                 let mut text = Vec::new();
                 while let Some(frame) = body.frame().await {
-                    text.extend(frame.map_err(|e| broken(&e))?.data_ref().into_iter().flatten());
+                    text.extend(frame.map_err(|e| self.broken(&e))?.data_ref().into_iter().flatten());
                     let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
                     for one in text[..whole].split(|b| *b == b'\n').filter(|one| !one.is_empty()) {
-                        if !line(serde_json::from_slice(one).map_err(|e| broken(&e))?) {
+                        if !line(serde_json::from_slice(one).map_err(|e| self.broken(&e))?) {
                             return Ok(());
                         }
                     }
@@ -135,56 +164,66 @@ impl Client {
                 outcome = connection => match outcome {
                     // What it brought last is still to be read; if it is not whole, the reader sees it.
                     Ok(()) => exchange.await,
-                    Err(e) => Err(broken(&e)),
+                    Err(e) => Err(self.broken(&e)),
                 },
             }
         })
     }
 
     async fn connection(&self) -> Result<(Sender, Connection), Error> {
-        let stream = UnixStream::connect(&self.socket).await;
-        let stream = stream.map_err(|source| Error::Connect { socket: self.socket.clone(), source })?;
+        let stream: Box<dyn Stream> = match &self.way {
+            Way::Socket(socket) => {
+                let stream = UnixStream::connect(socket).await;
+                Box::new(stream.map_err(|source| Error::Connect { socket: socket.clone(), source })?)
+            }
+            Way::Network(folder, remote) => {
+                let stream = remote.connect(folder).await;
+                Box::new(stream.map_err(|e| Error::Remote(format!("{e:#}")))?)
+            }
+        };
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| Error::Broken(e.to_string()))
     }
 
+    /// Sends a request; an answer that is a refusal is an error.
+    async fn answered(&self, mut sender: Sender, method: Method, path: &str) -> Result<Response<Incoming>, Error> {
+        let request = Request::builder().method(method).uri(path).header(header::HOST, "appliance");
+        let request = request.body(Empty::new()).map_err(|e| self.broken(&e))?;
+        let response = sender.send_request(request).await.map_err(|e| self.broken(&e))?;
+        let status = response.status();
+        if status.is_success() && status != StatusCode::NO_CONTENT {
+            return Ok(response);
+        }
+        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| self.broken(&*e))?;
+        match serde_json::from_slice::<Failed>(&body.to_bytes()) {
+            Ok(failed) => Err(Error::Refused(failed.error)),
+            Err(_) => Err(Error::Refused(format!("the appliance answered {status}"))),
+        }
+    }
+
     fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, Error> {
-        let broken = |e: &dyn std::fmt::Display| Error::Broken(e.to_string());
         let conversation = async {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
-                let response = answered(sender, method, path).await?;
-                let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| broken(&e))?;
-                serde_json::from_slice(&body.to_bytes()).map_err(|e| broken(&e))
+                let response = self.answered(sender, method, path).await?;
+                let body =
+                    Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| self.broken(&*e))?;
+                serde_json::from_slice(&body.to_bytes()).map_err(|e| self.broken(&e))
             };
-            let (exchanged, _) = tokio::join!(exchange, connection);
-            exchanged
+            match tokio::join!(exchange, connection) {
+                // Whoever heard how it ended may be the connection.
+                (Err(Error::Broken(_)), Err(e)) => Err(self.broken(&e)),
+                (exchanged, _) => exchanged,
+            }
         };
         runtime()?.block_on(async { tokio::time::timeout(WITHIN, conversation).await }).map_err(|_| Error::Slow)?
     }
 }
 
 type Sender = hyper::client::conn::http1::SendRequest<Empty<Bytes>>;
-type Connection = hyper::client::conn::http1::Connection<TokioIo<UnixStream>, Empty<Bytes>>;
+type Connection = hyper::client::conn::http1::Connection<TokioIo<Box<dyn Stream>>, Empty<Bytes>>;
 
 fn runtime() -> Result<tokio::runtime::Runtime, Error> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| Error::Broken(e.to_string()))
-}
-
-/// Sends a request; an answer that is a refusal is an error.
-async fn answered(mut sender: Sender, method: Method, path: &str) -> Result<Response<Incoming>, Error> {
-    let broken = |e: &dyn std::fmt::Display| Error::Broken(e.to_string());
-    let request = Request::builder().method(method).uri(path).header(header::HOST, "appliance");
-    let request = request.body(Empty::new()).map_err(|e| broken(&e))?;
-    let response = sender.send_request(request).await.map_err(|e| broken(&e))?;
-    let status = response.status();
-    if status.is_success() && status != StatusCode::NO_CONTENT {
-        return Ok(response);
-    }
-    let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| broken(&e))?;
-    match serde_json::from_slice::<Failed>(&body.to_bytes()) {
-        Ok(failed) => Err(Error::Refused(failed.error)),
-        Err(_) => Err(Error::Refused(format!("the appliance answered {status}"))),
-    }
 }
 
 /// A status as a person reads it.
@@ -195,6 +234,9 @@ pub fn status_text(s: &Status) -> String {
         s.generation.map_or_else(|| "nothing yet".to_owned(), |g| format!("generation {g}, {} branes", s.branes));
     let used = s.memory.total_kib.saturating_sub(s.memory.available_kib);
     let _ = writeln!(out, "gaia {} · {} · up {}", s.version, s.kernel, seconds(s.uptime_s));
+    if !s.key.is_empty() {
+        let _ = writeln!(out, "key      {}", s.key);
+    }
     let _ = writeln!(out, "serves   {serving} · {} requests, {} lost with a worker", s.requests, s.lost);
     let _ = writeln!(out, "memory   {} of {} MiB used", used / 1024, s.memory.total_kib / 1024);
     for words in &s.words {

@@ -7,12 +7,15 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use gaia_init::key::PublicKey;
 use gaia_init::sandbox::{self, Demand};
 use gaia_runtime::check::Review;
 use gaia_runtime::client::{Client, DEFAULT_SOCKET};
 use gaia_runtime::console::{self, Mode};
 use gaia_runtime::kept::Kept;
+use gaia_runtime::remote::{Folder, Remote};
 use gaia_runtime::{compile, control, operate, run, worker};
 
 #[global_allocator]
@@ -30,12 +33,25 @@ struct Cli {
     /// The socket of the appliance's control
     #[arg(long, global = true, env = "GAIA_API", default_value = DEFAULT_SOCKET)]
     api: PathBuf,
+    /// The appliance, over the network: its name in hosts.toml, HOST, HOST:PORT or [ADDRESS]:PORT
+    #[arg(long, global = true, value_name = "HOST", env = "GAIA_ON")]
+    on: Option<String>,
+    /// With --on, for an appliance that is not known yet: take it if this is the key that it shows
+    #[arg(long, global = true, value_name = "KEY", requires = "on")]
+    accept_key: Option<PublicKey>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     #[command(flatten)]
     Operate(operate::Command),
+    /// This operator's key, to be listed in an appliance's gaia.toml; made if there is none
+    Key,
+    /// With --on: from now on that appliance is the one with this key
+    Trust {
+        /// The key that stands on its console
+        key: PublicKey,
+    },
     /// The security review of a manifest: what its components import, what it grants, what is missing or too much
     Check {
         /// The manifest; images are looked up beside it
@@ -110,9 +126,14 @@ enum Role {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let client = Client::new(cli.api);
+    let local = || Client::new(cli.api.clone());
+    let client = || cli.on.as_ref().map_or_else(|| Ok(local()), |on| reached(on, cli.accept_key));
     let outcome = match cli.command {
-        Command::Operate(command) => operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into),
+        Command::Operate(command) => {
+            client().and_then(|client| operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into))
+        }
+        Command::Key => own_key(cli.json),
+        Command::Trust { key } => trust(cli.on.as_deref(), key),
         Command::Check { file, suggest } => return check(&file, suggest, cli.json),
         Command::Run {
             file,
@@ -150,7 +171,7 @@ fn main() -> ExitCode {
                 }
             };
         }
-        Command::Console => prompt(&client),
+        Command::Console => client().and_then(|client| prompt(&client)),
         Command::Role { role } => {
             end_on_panic();
             match role {
@@ -158,10 +179,10 @@ fn main() -> ExitCode {
                 Role::Compile => compile::run(),
                 Role::Worker => worker::run(),
                 Role::Keeper => worker::keeper::run(),
-                Role::Console => sandboxed(&sandbox::console::SANDBOX).and_then(|()| prompt(&client)),
+                Role::Console => sandboxed(&sandbox::console::SANDBOX).and_then(|()| prompt(&local())),
                 Role::Log => sandboxed(&sandbox::log::SANDBOX).and_then(|()| {
                     let follow = operate::Command::Logs { brane: None, since: None, follow: true };
-                    operate::run(&follow, &client, false, &mut stdout()).map_err(Into::into)
+                    operate::run(&follow, &local(), false, &mut stdout()).map_err(Into::into)
                 }),
             }
         }
@@ -174,6 +195,40 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The appliance at the other end of the network, if it is trusted. Who is at a terminal is asked.
+fn reached(on: &str, accepted: Option<PublicKey>) -> anyhow::Result<Client> {
+    let folder = Folder::from_environment()?;
+    let host = folder.host(on)?;
+    let remote = Remote::reach(&folder, host, accepted, |host, key| {
+        if !stdin().is_terminal() || !stderr().is_terminal() {
+            return false;
+        }
+        let question = format!(
+            "{host} is not known. It shows the key\n  {key}\nHold it against the one on its console. Is it the same? (yes/no) "
+        );
+        let mut answer = String::new();
+        let asked = stderr().write_all(question.as_bytes()).and_then(|()| stdin().read_line(&mut answer));
+        asked.is_ok() && answer.trim() == "yes"
+    })?;
+    Ok(Client::remote(folder, remote))
+}
+
+fn own_key(json: bool) -> anyhow::Result<()> {
+    let (key, made) = Folder::from_environment()?.key()?;
+    if let Some(path) = made {
+        stderr().write_all(format!("made {}\n", path.display()).as_bytes())?;
+    }
+    let key = key.public();
+    let text = if json { format!("{}\n", serde_json::json!({ "key": key })) } else { format!("{key}\n") };
+    Ok(stdout().write_all(text.as_bytes())?)
+}
+
+fn trust(on: Option<&str>, key: PublicKey) -> anyhow::Result<()> {
+    let folder = Folder::from_environment()?;
+    let host = folder.host(on.context("which appliance? gaia --on HOST trust KEY")?)?;
+    folder.trust(&host, key)
 }
 
 fn prompt(client: &Client) -> anyhow::Result<()> {

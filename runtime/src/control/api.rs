@@ -40,6 +40,7 @@ use tokio::sync::Semaphore;
 use super::caller::Caller;
 use super::delivery;
 use super::log::{self, Query};
+use super::remote::Visit;
 use super::report::{self, Done, Failed, Ps, Status};
 use super::{Control, Runs};
 use crate::statistics;
@@ -77,7 +78,7 @@ pub(super) async fn serve(control: Rc<Control>, socket: OwnedFd) {
                 let caller = Rc::new(Caller::Local { user: stream.peer_cred().ok().map(|who| who.uid()) });
                 let control = Rc::clone(&control);
                 tokio::task::spawn_local(async move {
-                    converse(control, caller, stream).await;
+                    let _ = converse(control, caller, None, stream).await;
                     drop(place);
                 });
             }
@@ -85,19 +86,35 @@ pub(super) async fn serve(control: Rc<Control>, socket: OwnedFd) {
     }
 }
 
-/// Serves the API on one connection, until it ends.
+/// Serves the API on one connection, until it ends. Who comes over the network has a bound on its requests.
+///
+/// # Errors
+/// If what comes is no HTTP/1.1, or too slow.
 pub(super) async fn converse(
     control: Rc<Control>,
     caller: Rc<Caller>,
+    visit: Option<Rc<Visit>>,
     stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
-) {
-    let service = hyper::service::service_fn(|request| audited(Rc::clone(&control), Rc::clone(&caller), request));
+) -> hyper::Result<()> {
+    let service = hyper::service::service_fn(|request| {
+        let (control, caller, visit) = (Rc::clone(&control), Rc::clone(&caller), visit.clone());
+        async move {
+            if let Some(why) = visit.and_then(|visit| visit.too_much()) {
+                control.refused(&format!("{caller}: {why}")).await;
+                let mut answer = failed(StatusCode::TOO_MANY_REQUESTS, &why);
+                answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                return Ok(answer);
+            }
+            audited(control, caller, request).await
+        }
+    });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE)
         .max_buf_size(16 * 1024)
         .serve_connection(TokioIo::new(stream), service);
-    let _ = connection.await;
+    connection.await
 }
 
 /// Answers, and leaves a line in the log if that was to change something.
@@ -198,6 +215,7 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
     Ok(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel: format!("{} {}", uname.sysname().to_string_lossy(), uname.release().to_string_lossy()),
+        key: control.device.public().to_string(),
         uptime_s: Duration::new(uptime.tv_sec.cast_unsigned(), u32::try_from(uptime.tv_nsec).unwrap_or(0))
             .as_secs_f64(),
         generation: plan.as_ref().map(|p| p.generation),

@@ -157,6 +157,15 @@ impl Key {
         context.sign().as_ref().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
     }
 
+    /// What only this key leads to: the seed of the device's key, while nothing is stored for longer than a boot.
+    #[must_use]
+    pub fn seed(&self) -> [u8; 32] {
+        let tag = hmac::sign(&self.0, b"seed of the device's key");
+        let mut seed = [0; 32];
+        seed.copy_from_slice(&tag.as_ref()[..32]);
+        seed
+    }
+
     /// What of a generation's files carries the mark of this key, and why others do not count.
     #[must_use]
     pub fn check_all(&self, files: Vec<(String, OwnedFd)>) -> (Vec<Artefact>, Vec<String>) {

@@ -13,6 +13,7 @@ mod delivery;
 pub mod deploy;
 mod init;
 pub mod log;
+pub mod remote;
 pub mod report;
 mod vault;
 
@@ -28,6 +29,7 @@ use anyhow::Context as _;
 use artefact::{Artefact, Key};
 use gaia_egress::resolve::{self, Resolve as _, Stub};
 use gaia_init::descriptors::Descriptors;
+use gaia_init::listeners::CONTROL_PREFIX;
 use gaia_init::sandbox::{self, Demand};
 use gaia_init::wire::{self, FromControl};
 use tokio::sync::{Notify, oneshot};
@@ -134,6 +136,9 @@ pub struct Control {
     changing: tokio::sync::Mutex<()>,
     /// What was deployed last, while it may still have to be taken back.
     trial: RefCell<Option<delivery::Trial>>,
+    /// Who this appliance is to operators.
+    device: crate::key::Key,
+    refusals: RefCell<remote::Refusals>,
     past: RefCell<Past>,
     /// What the last deploy failed with, or warned about.
     words: RefCell<Vec<String>>,
@@ -175,6 +180,10 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
         Some(Ok(kept)) => Ok(kept),
         _ => Key::chance(),
     })?;
+    let doors = descriptors.take_all(CONTROL_PREFIX);
+    let operators = remote::operators_of(&std::env::var("GAIA_OPERATORS").unwrap_or_default());
+    // As long as the key: where there is a store, it is the same after a restart; where there is none, for this boot.
+    let (device, _new) = remote::device_key(None, key.seed())?;
     let control = Rc::new(Control {
         init,
         workers: RefCell::default(),
@@ -189,6 +198,8 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
         newest: Cell::default(),
         changing: tokio::sync::Mutex::default(),
         trial: RefCell::default(),
+        device,
+        refusals: RefCell::default(),
         past: RefCell::default(),
         words: RefCell::default(),
         // Not where the control before this one began: its questions may still be answered.
@@ -206,6 +217,9 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     });
     if let Some(api) = api {
         tokio::task::spawn_local(api::serve(Rc::clone(&control), api));
+    }
+    if !doors.is_empty() && !operators.is_empty() {
+        tokio::task::spawn_local(remote::serve(Rc::clone(&control), doors, operators));
     }
     let starting = Rc::clone(&control);
     tokio::task::spawn_local(async move {

@@ -19,6 +19,9 @@ pub struct Status {
     pub version: String,
     /// The kernel's.
     pub kernel: String,
+    /// The device's own key, by which operators know it.
+    #[serde(default)]
+    pub key: String,
     /// Seconds since power-on.
     pub uptime_s: f64,
     /// The generation that serves, if one does.
