@@ -7,15 +7,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use gaia_store::{Digest, Reference};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use crate::control::log::Query;
-use crate::control::report::{Done, Failed, Line, Ps, Status};
+use crate::control::report::{Done, Failed, Graphs, Line, Ps, Pushed, Status, Step};
 use crate::remote::{Folder, Remote};
 
 /// Where the appliance's control listens.
@@ -24,6 +26,8 @@ pub const DEFAULT_SOCKET: &str = "/run/control.sock";
 const MAX_ANSWER: usize = 64 << 20;
 /// An appliance that does not answer within this is not well.
 const WITHIN: Duration = Duration::from_secs(10);
+/// What pushing a component may take: the largest over a slow line.
+const PUSHED_WITHIN: Duration = Duration::from_mins(10);
 
 /// Why an appliance could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -41,14 +45,17 @@ pub enum Error {
     #[error("{0}")]
     Remote(String),
     /// It took too long.
-    #[error("no answer within {} s", WITHIN.as_secs())]
-    Slow,
+    #[error("no answer within {} s", .0.as_secs())]
+    Slow(Duration),
     /// The conversation broke.
     #[error("the conversation with the appliance broke: {0}")]
     Broken(String),
     /// It answered that it could not.
     #[error("{0}")]
     Refused(String),
+    /// It answered that there is no such thing.
+    #[error("{0}")]
+    Missing(String),
     /// What it answered could not be written.
     #[error("writing: {0}")]
     Output(std::io::Error),
@@ -124,11 +131,65 @@ impl Client {
         self.ask(Method::POST, "/v1/reboot")
     }
 
+    /// `GET /v1/graphs`
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn graphs(&self) -> Result<Graphs, Error> {
+        self.ask(Method::GET, "/v1/graphs")
+    }
+
+    /// `GET /v1/components/DIGEST`: whether a component is in the store.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn has(&self, digest: &Digest) -> Result<bool, Error> {
+        match self.ask::<Done>(Method::GET, &format!("/v1/components/{digest}")) {
+            Ok(_) => Ok(true),
+            Err(Error::Missing(_)) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// `POST /v1/components`: puts a component into the store, under this name if there is one.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn push(&self, name: Option<&Reference>, component: Bytes) -> Result<Pushed, Error> {
+        let mut path = format!("/v1/components?digest={}", Digest::of(&component));
+        if let Some(name) = name {
+            path.push_str("&name=");
+            path.push_str(name.as_str());
+        }
+        self.ask_with(Method::POST, &path, component, PUSHED_WITHIN)
+    }
+
+    /// `POST /v1/plan`, `/v1/deploy`, `/v1/rollback`: calls `step` with each step until the last, which is returned.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::Refused`] if the last step is that it failed.
+    pub fn change(&self, path: &str, what: &impl Serialize, mut step: impl FnMut(&str)) -> Result<Step, Error> {
+        let body = serde_json::to_vec(what).map_err(|e| self.broken(&e))?;
+        let mut last = None;
+        self.lines(Method::POST, path, body.into(), |one: Step| {
+            match one {
+                Step::Doing(words) => step(&words),
+                other => last = Some(other),
+            }
+            last.is_none()
+        })?;
+        match last {
+            Some(Step::Failed(why)) => Err(Error::Refused(why)),
+            Some(last) => Ok(last),
+            None => Err(Error::Broken("it ended before it said what came of it".into())),
+        }
+    }
+
     /// `GET /v1/logs`: calls `line` with each line as it comes, until there is none or it says no.
     ///
     /// # Errors
     /// [`Error`].
-    pub fn logs(&self, query: &Query, mut line: impl FnMut(Line) -> bool) -> Result<(), Error> {
+    pub fn logs(&self, query: &Query, line: impl FnMut(Line) -> bool) -> Result<(), Error> {
         let mut path = format!("/v1/logs?since_ns={}", query.since_ns);
         if let Some(brane) = &query.brane {
             path.push_str("&brane=");
@@ -137,10 +198,21 @@ impl Client {
         if query.follow {
             path.push_str("&follow=true");
         }
+        self.lines(Method::GET, &path, Bytes::new(), line)
+    }
+
+    /// Asks for what comes line by line, and calls `line` with each until there is none or it says no.
+    fn lines<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        mut line: impl FnMut(T) -> bool,
+    ) -> Result<(), Error> {
         runtime()?.block_on(async {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
-                let mut body = self.answered(sender, Method::GET, &path).await?.into_body();
+                let mut body = self.answered(sender, method, path, body).await?.into_body();
                 let mut text = Vec::new();
                 while let Some(frame) = body.frame().await {
                     text.extend(frame.map_err(|e| self.broken(&e))?.data_ref().into_iter().flatten());
@@ -185,9 +257,15 @@ impl Client {
     }
 
     /// Sends a request; an answer that is a refusal is an error.
-    async fn answered(&self, mut sender: Sender, method: Method, path: &str) -> Result<Response<Incoming>, Error> {
+    async fn answered(
+        &self,
+        mut sender: Sender,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, Error> {
         let request = Request::builder().method(method).uri(path).header(header::HOST, "appliance");
-        let request = request.body(Empty::new()).map_err(|e| self.broken(&e))?;
+        let request = request.body(Full::new(body)).map_err(|e| self.broken(&e))?;
         let response = sender.send_request(request).await.map_err(|e| self.broken(&e))?;
         let status = response.status();
         if status.is_success() && status != StatusCode::NO_CONTENT {
@@ -195,16 +273,27 @@ impl Client {
         }
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| self.broken(&*e))?;
         match serde_json::from_slice::<Failed>(&body.to_bytes()) {
+            Ok(failed) if status == StatusCode::NOT_FOUND => Err(Error::Missing(failed.error)),
             Ok(failed) => Err(Error::Refused(failed.error)),
             Err(_) => Err(Error::Refused(format!("the appliance answered {status}"))),
         }
     }
 
     fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, Error> {
+        self.ask_with(method, path, Bytes::new(), WITHIN)
+    }
+
+    fn ask_with<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        within: Duration,
+    ) -> Result<T, Error> {
         let conversation = async {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
-                let response = self.answered(sender, method, path).await?;
+                let response = self.answered(sender, method, path, body).await?;
                 let body =
                     Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| self.broken(&*e))?;
                 serde_json::from_slice(&body.to_bytes()).map_err(|e| self.broken(&e))
@@ -215,12 +304,13 @@ impl Client {
                 (exchanged, _) => exchanged,
             }
         };
-        runtime()?.block_on(async { tokio::time::timeout(WITHIN, conversation).await }).map_err(|_| Error::Slow)?
+        let outcome = runtime()?.block_on(async { tokio::time::timeout(within, conversation).await });
+        outcome.map_err(|_| Error::Slow(within))?
     }
 }
 
-type Sender = hyper::client::conn::http1::SendRequest<Empty<Bytes>>;
-type Connection = hyper::client::conn::http1::Connection<TokioIo<Box<dyn Stream>>, Empty<Bytes>>;
+type Sender = hyper::client::conn::http1::SendRequest<Full<Bytes>>;
+type Connection = hyper::client::conn::http1::Connection<TokioIo<Box<dyn Stream>>, Full<Bytes>>;
 
 fn runtime() -> Result<tokio::runtime::Runtime, Error> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| Error::Broken(e.to_string()))

@@ -20,6 +20,7 @@ pub mod client;
 pub mod compile;
 pub mod console;
 pub mod control;
+pub mod deploy;
 pub mod engine;
 pub mod kept;
 pub mod key;

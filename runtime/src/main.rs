@@ -16,7 +16,7 @@ use gaia_runtime::client::{Client, DEFAULT_SOCKET};
 use gaia_runtime::console::{self, Mode};
 use gaia_runtime::kept::Kept;
 use gaia_runtime::remote::{Folder, Remote};
-use gaia_runtime::{compile, control, operate, run, worker};
+use gaia_runtime::{compile, control, deploy, operate, run, worker};
 
 #[global_allocator]
 static ALLOCATOR: Kept = Kept;
@@ -45,6 +45,8 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Operate(operate::Command),
+    #[command(flatten)]
+    Deploy(deploy::Command),
     /// This operator's key, to be listed in an appliance's gaia.toml; made if there is none
     Key,
     /// With --on: from now on that appliance is the one with this key

@@ -7,6 +7,8 @@ use serde::Serialize;
 
 use crate::client::{Client, Error, ps_text, status_text};
 use crate::control::log::Query;
+use crate::control::report::{Rollback, Step};
+use crate::deploy;
 
 /// A command to a running appliance.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
@@ -27,6 +29,14 @@ pub enum Command {
         #[arg(long, short)]
         follow: bool,
     },
+    /// The graphs that were deployed, oldest first
+    Graphs,
+    /// Serve the graph before the current one again, exactly
+    Rollback {
+        /// Agree to the end of the states of pinned instances
+        #[arg(long, short)]
+        yes: bool,
+    },
     /// Finish what is inside, for at most five seconds, then switch the appliance off
     Poweroff,
     /// Finish what is inside, for at most five seconds, then start the appliance again
@@ -38,8 +48,8 @@ impl Command {
     #[must_use]
     pub fn changes(&self) -> bool {
         match self {
-            Self::Status | Self::Ps | Self::Logs { .. } => false,
-            Self::Poweroff | Self::Reboot => true,
+            Self::Status | Self::Ps | Self::Logs { .. } | Self::Graphs => false,
+            Self::Rollback { .. } | Self::Poweroff | Self::Reboot => true,
         }
     }
 
@@ -65,6 +75,10 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
             let query = Query { brane: brane.clone(), since_ns, follow: *follow };
             return logs(client, &query, json, out);
         }
+        Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),
+        Command::Rollback { yes } => client
+            .change("/v1/rollback", &Rollback { ends_states: *yes }, deploy::doing)
+            .map(|last| text(&last, json, |last| if let Step::Done(done) = last { deploy::deployed_text(done) } else { String::new() })),
         Command::Poweroff => client.poweroff().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
         Command::Reboot => client.reboot().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
     };

@@ -43,17 +43,25 @@ pub(crate) struct Appliance {
     secured: Option<(String, String)>,
 }
 
+/// What was opened for the roles, as far as it could be.
+pub(crate) struct Opened {
+    /// The socket of control's API.
+    pub(crate) api: Option<OwnedFd>,
+    /// The sockets on which operators reach control.
+    pub(crate) control: Vec<(String, OwnedFd)>,
+    pub(crate) watchdog: Option<Watchdog>,
+    pub(crate) terminal: Option<OwnedFd>,
+    pub(crate) seed: Option<OwnedFd>,
+}
+
 impl Appliance {
     pub(crate) fn new(
         report: Report,
         settings: &Settings,
         groups: Groups,
-        api: Option<OwnedFd>,
-        control: Vec<(String, OwnedFd)>,
-        watchdog: Option<Watchdog>,
-        terminal: Option<OwnedFd>,
-        seed: Option<OwnedFd>,
+        opened: Opened,
     ) -> Result<Self, rustix::io::Errno> {
+        let Opened { api, control, watchdog, terminal, seed } = opened;
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let words = rustix::fs::open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             .or_else(|_| null.try_clone().map_err(|_| rustix::io::Errno::MFILE))?;

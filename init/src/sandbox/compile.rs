@@ -11,4 +11,4 @@ const OWN: &[Call] = &[
 
 /// What a compiler may do.
 pub const SANDBOX: Sandbox =
-    Sandbox { calls: &[program::CALLS, event_loop::CHANNELS, OWN], files: &[], files_of_a_workstation: &[] };
+    Sandbox { calls: &[program::CALLS, event_loop::CHANNELS, OWN], files: &[], data: &[], files_of_a_workstation: &[] };

@@ -25,4 +25,4 @@ pub(super) const OWN: &[Call] = &[
 
 /// What the console may do.
 pub const SANDBOX: Sandbox =
-    Sandbox { calls: &[program::CALLS, event_loop::CALLS, OWN], files: &[], files_of_a_workstation: &[] };
+    Sandbox { calls: &[program::CALLS, event_loop::CALLS, OWN], files: &[], data: &[], files_of_a_workstation: &[] };

@@ -1,13 +1,40 @@
-//! Control: reads the seed, resolves names, answers operators.
+//! Control: reads the seed, keeps files on the data disk, resolves names, answers operators.
 
-use nix::libc::{IPPROTO_TCP, TCP_NODELAY};
+use nix::libc::{IPPROTO_TCP, PR_SET_NAME, TCP_NODELAY};
 
 use super::program::WRITES;
 use super::sockets::{DATAGRAM, STREAM, TCP, UDP, USUAL, V4, V6};
+use super::worker::THREAD;
 use super::{Call, Sandbox, Test, call, event_loop, is, program, without};
 
 const READ_ONLY_1: Test = without(1, WRITES, "O_RDONLY");
 const READ_ONLY_2: Test = without(2, WRITES, "O_RDONLY");
+/// No current folder, which nobody here has: a path is taken from a folder that is open. Where it leads is Landlock's business.
+const HELD_0: Test = Test { argument: 0, mask: 1 << 31, is: 0, says: "from a folder that is open" };
+const HELD_2: Test = Test { argument: 2, mask: 1 << 31, is: 0, says: "to a folder that is open" };
+
+/// Keeping files beneath the folder on the data disk that init has opened. By name from that folder: no path of the whole
+/// system is ever opened to write.
+const KEEPING: &[Call] = &[
+    call!(SYS_openat = openat, [[HELD_0]], "files and folders of the store"),
+    call!(SYS_openat2 = openat2, [[HELD_0]], "the same, where a link or a `..` in the path must fail"),
+    call!(SYS_pwrite64 = pwrite64, [], "writing a file by position"),
+    call!(SYS_ftruncate = ftruncate, [], "cutting off what a crash has left half written"),
+    call!(SYS_fallocate = fallocate, [], "room for a file before it is written, so that it cannot end halfway"),
+    call!(SYS_fsync = fsync, [], "what is written is on the disk; a folder's names, too"),
+    call!(SYS_fdatasync = fdatasync, [], "what is written is on the disk"),
+    call!(SYS_renameat = renameat, [[HELD_0, HELD_2]], "a file that is whole takes its name"),
+    call!(SYS_renameat2 = renameat2, [[HELD_0, HELD_2]], "a file that is whole takes its name, if it is free"),
+    call!(SYS_unlinkat = unlinkat, [[HELD_0]], "removing what nobody needs"),
+    call!(SYS_mkdirat = mkdirat, [[HELD_0]], "the store's folders"),
+    call!(SYS_getdents64 = getdents64, [], "what there is"),
+    call!(SYS_fchmod = fchmod, [], "files that nobody changes any more"),
+    call!(SYS_flock = flock, [], "one store at a time"),
+    call!(SYS_fstatfs = fstatfs, [], "how much room is left"),
+    call!(SYS_clone = clone, [[THREAD]], "the store's thread: a disk may take its time"),
+    call!(SYS_prctl = prctl, [[is(0, PR_SET_NAME, "PR_SET_NAME")]], "its name"),
+];
+
 const OWN: &[Call] = &[
     call!(SYS_open = open, [[READ_ONLY_1]], "the machine's memory in figures, /proc/meminfo"),
     call!(SYS_openat = openat, [[READ_ONLY_2]], "the graph and its components in the seed"),
@@ -42,10 +69,11 @@ const OWN: &[Call] = &[
 
 /// What control may do.
 pub const SANDBOX: Sandbox = Sandbox {
-    calls: &[program::CALLS, event_loop::CHANNELS, event_loop::CALLS, OWN],
+    calls: &[program::CALLS, event_loop::CHANNELS, event_loop::CALLS, KEEPING, OWN],
     files: &[
         ("/seed", "the graph, its components and roots"),
         ("/proc/meminfo", "the machine's memory, for the status"),
     ],
+    data: &[("/data/control", "the store: its folder on the data disk")],
     files_of_a_workstation: &[("/", "a manifest may name components and roots anywhere")],
 };

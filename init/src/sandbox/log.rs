@@ -3,5 +3,9 @@
 use super::{Sandbox, console, event_loop, program};
 
 /// What it may do.
-pub const SANDBOX: Sandbox =
-    Sandbox { calls: &[program::CALLS, event_loop::CALLS, console::OWN], files: &[], files_of_a_workstation: &[] };
+pub const SANDBOX: Sandbox = Sandbox {
+    calls: &[program::CALLS, event_loop::CALLS, console::OWN],
+    files: &[],
+    data: &[],
+    files_of_a_workstation: &[],
+};

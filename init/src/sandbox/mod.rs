@@ -27,8 +27,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, NetPort, PathBeneath, PathFd, Ruleset,
-    RulesetAttr as _, RulesetCreatedAttr as _, RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible as _, NetPort, PathBeneath, PathFd,
+    Ruleset, RulesetAttr as _, RulesetCreatedAttr as _, RulesetStatus, Scope,
 };
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
@@ -95,7 +95,9 @@ pub struct Sandbox {
     pub calls: &'static [&'static [Call]],
     /// Files and folders it may open to read, on the appliance, and why.
     pub files: &'static [(&'static str, &'static str)],
-    /// The same under `gaia run`.
+    /// Folders beneath which it may also make, change, move and remove files and folders, on the appliance, and why.
+    pub data: &'static [(&'static str, &'static str)],
+    /// What it may read under `gaia run`.
     pub files_of_a_workstation: &'static [(&'static str, &'static str)],
 }
 
@@ -239,7 +241,21 @@ fn drop_capabilities(demand: Demand) -> Result<(), Error> {
     Ok(())
 }
 
-/// Applies Landlock to the calling thread: only the sandbox's files, to read; only these TCP ports, to connect to; a port
+/// What may be done beneath a folder of [`Sandbox::data`]: with plain files and folders, and nothing that is a link, a device,
+/// a socket, or is run.
+fn keeping() -> BitFlags<AccessFs> {
+    AccessFs::ReadFile
+        | AccessFs::ReadDir
+        | AccessFs::WriteFile
+        | AccessFs::Truncate
+        | AccessFs::MakeReg
+        | AccessFs::MakeDir
+        | AccessFs::RemoveFile
+        | AccessFs::RemoveDir
+        | AccessFs::Refer
+}
+
+/// Applies Landlock to the calling thread: only the sandbox's files, to read, and what it keeps; only these TCP ports, to connect to; a port
 /// of the kernel's choice to bind to, if `bind` says so; no signal and no abstract socket to anyone outside.
 ///
 /// # Errors
@@ -251,6 +267,12 @@ fn confine(sandbox: &Sandbox, ports: &BTreeSet<u16>, bind: bool, demand: Demand)
         Demand::Whole => sandbox.files,
         Demand::Possible | Demand::Nothing => sandbox.files_of_a_workstation,
     };
+    let data = if demand == Demand::Whole { sandbox.data } else { &[] };
+    for (path, _) in data {
+        // A machine without a data disk.
+        let Ok(folder) = PathFd::new(path) else { continue };
+        rules = rules.add_rule(PathBeneath::new(folder, keeping())).map_err(|e| failed(&e))?;
+    }
     for (path, _) in files {
         // What is not there cannot be opened either: a machine without a seed.
         let Ok(file) = PathFd::new(path) else { continue };
@@ -557,6 +579,49 @@ mod tests {
         });
         let refused = Err(std::io::ErrorKind::PermissionDenied);
         assert_eq!(confined.join().unwrap(), [Ok(()), refused, refused, refused]);
+    }
+
+    #[test]
+    fn a_confined_thread_keeps_files_in_its_folder_and_nowhere_else() {
+        static MAY: [(&str, &str); 1] = [("/tmp/gaia-init-test-of-data/own", "a test")];
+        if !has_landlock() {
+            return;
+        }
+        let base = std::path::Path::new(MAY[0].0).parent().unwrap();
+        let _ = std::fs::remove_dir_all(base);
+        std::fs::create_dir_all(MAY[0].0).unwrap();
+        std::fs::create_dir_all(base.join("other")).unwrap();
+        let confined = std::thread::spawn(|| {
+            let sandbox = Sandbox { data: &MAY, ..worker::START };
+            // Not with the other demand, under which nothing is kept.
+            confine(&sandbox, &BTreeSet::new(), false, Demand::Whole).unwrap();
+            let at = |name: &str| std::path::Path::new(MAY[0].0).join(name);
+            std::fs::create_dir(at("a")).unwrap();
+            std::fs::write(at("a/x"), "y").unwrap();
+            std::fs::rename(at("a/x"), at("x")).unwrap();
+            assert_eq!(std::fs::read_to_string(at("x")).unwrap(), "y");
+            std::fs::remove_dir(at("a")).unwrap();
+            let kind = |result: std::io::Result<()>| result.map_err(|e| e.kind());
+            [
+                kind(std::os::unix::fs::symlink("/etc", at("link"))),
+                kind(std::os::unix::net::UnixListener::bind(at("socket")).map(drop)),
+                kind(std::fs::write(at("../other/x"), "y")),
+                kind(std::fs::read_dir(at("../other")).map(drop)),
+                kind(std::fs::rename(at("x"), at("../other/x"))),
+            ]
+        });
+        let refused = Err(std::io::ErrorKind::PermissionDenied);
+        let came = confined.join().unwrap();
+        std::fs::remove_dir_all(base).unwrap();
+        assert_eq!(came[..4], [refused; 4]);
+        assert!(came[4].is_err());
+    }
+
+    #[test]
+    fn control_alone_keeps_anything() {
+        let keepers: Vec<_> =
+            ALL.iter().filter(|(_, sandbox)| !sandbox.data.is_empty()).map(|(name, _)| *name).collect();
+        assert_eq!(keepers, ["control"]);
     }
 
     #[test]

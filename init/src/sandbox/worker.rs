@@ -32,7 +32,7 @@ pub struct Reach {
 
 /// The flags of musl's `pthread_create`: `CLONE_VM|FS|FILES|SIGHAND|THREAD|SYSVSEM|SETTLS|PARENT_SETTID|CHILD_CLEARTID`
 /// and the historical `CLONE_DETACHED`.
-const THREAD: Test = is(0, 0x7d_0f00, "a thread");
+pub(super) const THREAD: Test = is(0, 0x7d_0f00, "a thread");
 const TCP_LEVEL: Test = is(1, IPPROTO_TCP, "IPPROTO_TCP");
 const SOCKET_LEVEL: Test = is(1, SOL_SOCKET, "SOL_SOCKET");
 /// Until the seal.
@@ -114,6 +114,7 @@ const SOCKETS: &[Call] = &[
 pub const START: Sandbox = Sandbox {
     calls: &[program::CALLS, event_loop::CHANNELS, event_loop::CALLS, SERVING, STARTING],
     files: &[],
+    data: &[],
     files_of_a_workstation: &[("/proc/self/statm", "its own memory in figures, where no cgroup counts it")],
 };
 

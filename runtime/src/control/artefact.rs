@@ -157,7 +157,7 @@ impl Key {
         context.sign().as_ref().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
     }
 
-    /// What only this key leads to: the seed of the device's key, while nothing is stored for longer than a boot.
+    /// What only this key leads to: the seed of the device's key.
     #[must_use]
     pub fn seed(&self) -> [u8; 32] {
         let tag = hmac::sign(&self.0, b"seed of the device's key");

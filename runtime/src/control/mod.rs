@@ -183,7 +183,7 @@ async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
     let doors = descriptors.take_all(CONTROL_PREFIX);
     let operators = remote::operators_of(&std::env::var("GAIA_OPERATORS").unwrap_or_default());
     // As long as the key: where there is a store, it is the same after a restart; where there is none, for this boot.
-    let (device, _new) = remote::device_key(None, key.seed())?;
+    let device = crate::key::Key::of_seed(key.seed())?;
     let control = Rc::new(Control {
         init,
         workers: RefCell::default(),

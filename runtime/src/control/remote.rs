@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use gaia_init::key::{BYTES, PublicKey};
+use gaia_init::key::PublicKey;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
@@ -122,21 +122,6 @@ impl Control {
         let line = format!("refused {untold} more in {} s", SUM_AFTER.as_secs());
         self.note(&line);
         self.say(&line).await;
-    }
-}
-
-/// The device's own key: the one that was stored, or the one that follows from this seed; and whether it is to be stored.
-///
-/// # Errors
-/// If what was stored is no seed of a key.
-pub fn device_key(stored: Option<Vec<u8>>, seed: [u8; BYTES]) -> anyhow::Result<(Key, bool)> {
-    match stored {
-        Some(stored) => {
-            let seed = stored.try_into();
-            let seed = seed.map_err(|_| anyhow::anyhow!("the stored key of the device is not one of {BYTES} bytes"))?;
-            Ok((Key::of_seed(seed)?, false))
-        }
-        None => Ok((Key::of_seed(seed)?, true)),
     }
 }
 

@@ -355,16 +355,11 @@ fn an_operator_has_so_many_conversations_and_so_many_requests() {
 }
 
 #[test]
-fn operators_and_the_devices_key_are_read_as_they_are_handed_over() {
+fn operators_are_read_as_they_are_handed_over() {
     let (one, other) = (Key::make().unwrap().public(), Key::make().unwrap().public());
     let read = operators_of(&format!("ann={one} nonsense bob={other} eve=ed25519:x"));
     assert_eq!(read, [("ann".to_owned(), one), ("bob".to_owned(), other)]);
     assert!(operators_of("").is_empty());
-    let (made, is_new) = device_key(None, [7; 32]).unwrap();
-    assert!(is_new);
-    let (again, is_new) = device_key(Some(made.seed().to_vec()), [8; 32]).unwrap();
-    assert!(!is_new && again.public() == made.public());
-    assert!(device_key(Some(vec![1; 31]), [8; 32]).is_err());
 }
 
 proptest! {

@@ -1,0 +1,282 @@
+//! `gaia push` and `deploy`: the operator's side, where files are. What a manifest names is sent, the plan is shown and agreed to, and the
+//! appliance does the rest.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, BufRead as _, IsTerminal as _, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use anyhow::{Context as _, bail, ensure};
+use bytes::Bytes;
+use gaia_manifest::Image;
+use gaia_store::{Digest, Reference};
+use serde::Serialize;
+
+use crate::client::Client;
+use crate::compile::MAX_COMPONENT;
+use crate::control::change::{counts, size};
+use crate::control::report::{BraneChange, Change, Deploy, Deployed, Graphs, PlanReport, Pushed, Step};
+
+/// What brings files to an appliance.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
+pub enum Command {
+    /// Put a component into the appliance's store, under a name
+    Push {
+        /// The name, as in omega/cloud-fetch:2.4.1
+        name: Reference,
+        /// The component
+        file: PathBuf,
+    },
+    /// Serve this graph: show what changes, grants first, then swap without losing a request
+    Deploy {
+        /// The manifest; files that its images name are sent, too
+        file: PathBuf,
+        /// Show what would change, and change nothing
+        #[arg(long)]
+        dry_run: bool,
+        /// Agree beforehand to whatever is asked about: that states of pinned instances end
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+/// Runs a command: what it has to show on `out`, how far it is on standard error.
+///
+/// # Errors
+/// What went wrong, and what to do. Nothing has changed then, unless it says so.
+pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    match command {
+        Command::Push { name, file } => {
+            let pushed = client.push(Some(name), component(file)?)?;
+            show(out, json, &pushed, pushed_text)
+        }
+        Command::Deploy { file, dry_run, yes } => deploy(client, file, *dry_run, *yes, json, out),
+    }
+}
+
+fn deploy(
+    client: &Client,
+    file: &Path,
+    dry_run: bool,
+    yes: bool,
+    json: bool,
+    out: &mut dyn Write,
+) -> anyhow::Result<()> {
+    let shown = file.display();
+    let manifest = std::fs::read_to_string(file).with_context(|| format!("{shown}"))?;
+    let parsed = gaia_manifest::parse(&manifest).map_err(|wrong| {
+        let mut words = format!("{shown}: {} errors, nothing is changed", wrong.len());
+        for diagnostic in wrong {
+            let _ = write!(words, "\n{}", diagnostic.render(&shown.to_string(), &manifest, io::stderr().is_terminal()));
+        }
+        anyhow::anyhow!(words)
+    })?;
+    let folder = file.parent().unwrap_or(Path::new("."));
+    let mut images = BTreeMap::new();
+    for brane in &parsed.branes {
+        let Image::File(path) = &brane.image.value else { continue };
+        let image = brane.image.value.to_string();
+        if !images.contains_key(&image) {
+            images.insert(image, sent(client, &folder.join(path))?);
+        }
+    }
+    let mut asked = Deploy { manifest, file: shown.to_string(), images, plan: None, ends_states: yes };
+    let Step::Plan(plan) = client.change("/v1/plan", &asked, doing)? else { bail!("the appliance sent no plan") };
+    if dry_run {
+        return show(out, json, &*plan, plan_text);
+    }
+    if !json {
+        out.write_all(plan_text(&plan).as_bytes())?;
+        out.flush()?;
+    }
+    if !yes && !plan.ends.is_empty() {
+        ensure!(agreed("the states of pinned instances end")?, "nothing is changed");
+        asked.ends_states = true;
+    }
+    // What was shown is what is agreed to.
+    asked.plan = Some(plan.id);
+    show_done(out, json, client.change("/v1/deploy", &asked, doing)?)
+}
+
+/// Sends a component if the appliance does not have it.
+fn sent(client: &Client, path: &Path) -> anyhow::Result<Digest> {
+    let component = component(path)?;
+    let digest = Digest::of(&component);
+    if !client.has(&digest)? {
+        doing(&format!("sending {}, {} bytes", path.display(), component.len()));
+        client.push(None, component)?;
+    }
+    Ok(digest)
+}
+
+fn component(path: &Path) -> anyhow::Result<Bytes> {
+    let shown = path.display();
+    let size = std::fs::metadata(path).with_context(|| format!("{shown}"))?.len();
+    ensure!(size <= MAX_COMPONENT, "{shown} has {size} bytes, at most {MAX_COMPONENT} are taken");
+    let bytes = std::fs::read(path).with_context(|| format!("{shown}"))?;
+    ensure!(bytes.starts_with(b"\0asm"), "{shown} is no WebAssembly");
+    Ok(bytes.into())
+}
+
+/// Asks on the terminal; where there is none, that is an error which says what to do.
+fn agreed(what: &str) -> anyhow::Result<bool> {
+    if !io::stdin().is_terminal() {
+        bail!("{what}: agree with --yes");
+    }
+    let mut error = io::stderr();
+    write!(error, "{what}. Go on? [y/N] ")?;
+    error.flush()?;
+    let mut line = String::new();
+    io::stdin().lock().read_line(&mut line)?;
+    Ok(matches!(line.trim(), "y" | "Y" | "yes"))
+}
+
+/// How far it is, for whoever watches.
+pub(crate) fn doing(words: &str) {
+    if io::stderr().is_terminal() {
+        let _ = writeln!(io::stderr(), "· {words}");
+    }
+}
+
+fn show<T: Serialize>(out: &mut dyn Write, json: bool, value: &T, text: fn(&T) -> String) -> anyhow::Result<()> {
+    let shown = if json { serde_json::to_string(value)? + "\n" } else { text(value) };
+    Ok(out.write_all(shown.as_bytes())?)
+}
+
+fn show_done(out: &mut dyn Write, json: bool, last: Step) -> anyhow::Result<()> {
+    let Step::Done(done) = last else { bail!("the appliance did not say what came of it") };
+    show(out, json, &done, deployed_text)
+}
+
+fn pushed_text(pushed: &Pushed) -> String {
+    let name = pushed.name.as_deref().map(|name| format!("{name} → ")).unwrap_or_default();
+    format!("✓ {name}{} · {} bytes\n", pushed.digest, pushed.bytes)
+}
+
+/// What a deploy or a way back has come to, as a person reads it.
+#[must_use]
+pub fn deployed_text(done: &Deployed) -> String {
+    format!("✓ graph {} serves · generation {} · {} ms\n", done.graph, done.generation, done.millis)
+}
+
+/// A plan as a person reads it: what widens first.
+#[must_use]
+pub fn plan_text(plan: &PlanReport) -> String {
+    let mut out = String::new();
+    let against = plan.against.map_or_else(|| "what serves".to_owned(), |graph| format!("graph {graph}"));
+    let [added, changed, removed, same] = counts(&plan.branes);
+    let _ = writeln!(out, "plan against {against}: {added} new, {changed} changed, {removed} removed, {same} as they are");
+    let wider = plan.branes.iter().flat_map(|b| b.grants.iter().map(move |g| (b, g)));
+    for (brane, grant) in wider.filter(|(_, grant)| grant.widens == Some(true)) {
+        let _ = writeln!(out, "! {:<14} is granted {}", brane.name, grant.text);
+    }
+    for brane in plan.branes.iter().filter(|b| b.change != Change::Same) {
+        let _ = write!(out, "{}", brane_text(brane));
+    }
+    for end in &plan.ends {
+        let _ = writeln!(out, "! {end}");
+    }
+    if plan.sandbox_before.as_ref() != Some(&plan.sandbox) {
+        let before = plan.sandbox_before.as_ref().map(|before| format!(" (before: {before})")).unwrap_or_default();
+        let _ = writeln!(out, "sandbox          {}{before}", plan.sandbox);
+    }
+    let _ = writeln!(
+        out,
+        "memory           at most {} for all instances, taken when touched; the machine has {}",
+        size(plan.declared),
+        size(plan.memory >> 20 << 20)
+    );
+    for warning in &plan.warnings {
+        let _ = writeln!(out, "{}", warning.trim_end());
+    }
+    out
+}
+
+fn brane_text(brane: &BraneChange) -> String {
+    let short = |digest: &str| digest.get(..12).unwrap_or(digest).to_owned();
+    let mut out = String::new();
+    let (mark, words) = match brane.change {
+        Change::Added => ('+', format!("{} @{}", brane.image, short(&brane.digest))),
+        Change::Removed => ('-', "is removed".to_owned()),
+        Change::Changed | Change::Same => ('~', String::new()),
+    };
+    let mut lines: Vec<String> = (!words.is_empty()).then_some(words).into_iter().collect();
+    if let Some(before) = &brane.digest_before {
+        lines.push(format!("component @{} → @{}", short(before), short(&brane.digest)));
+    }
+    lines.extend(brane.others.iter().cloned());
+    // What widens stands above, marked.
+    for grant in brane.grants.iter().filter(|g| g.widens != Some(true) && brane.change != Change::Removed) {
+        let word = if grant.widens.is_some() { "is granted" } else { "is not granted any more:" };
+        lines.push(format!("{word} {}", grant.text));
+    }
+    for line in lines {
+        let _ = writeln!(out, "{mark} {:<14} {line}", brane.name);
+    }
+    out
+}
+
+/// The history as a person reads it.
+#[must_use]
+pub fn graphs_text(graphs: &Graphs) -> String {
+    let mut out = format!("{:<2}{:>5}  {:<30} {:<24} {}\n", "", "GRAPH", "DEPLOYED", "BY", "MANIFEST");
+    for graph in &graphs.graphs {
+        let mark = if graph.current { "●" } else { "" };
+        let at = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_nanos(graph.at_ns));
+        let _ = writeln!(out, "{mark:<2}{:>5}  {at:<30} {:<24} {}", graph.number, graph.by, graph.file);
+        if let Some(outcome) = &graph.outcome {
+            let _ = writeln!(out, "{:<9}{outcome}", "");
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::report::GrantChange;
+
+    #[test]
+    fn what_widens_is_shown_first_and_marked() {
+        let grant = |text: &str, widens| GrantChange { text: text.into(), widens };
+        let fetch = BraneChange {
+            name: "fetch".into(),
+            change: Change::Changed,
+            image: "file:./f.wasm".into(),
+            digest: "b".repeat(64),
+            digest_before: Some("a".repeat(64)),
+            grants: vec![grant("net.http *.example", Some(true)), grant("net.http a.example", None)],
+            others: vec!["replicas 4 → 8".into()],
+        };
+        let gone = BraneChange { name: "old".into(), change: Change::Removed, digest_before: None, ..fetch.clone() };
+        let plan = PlanReport {
+            against: Some(3),
+            branes: vec![fetch, gone],
+            ends: vec!["ends the state of counter.001: its image changes".into()],
+            sandbox: "workers connect by TCP to port 443".into(),
+            sandbox_before: Some("workers make no socket".into()),
+            declared: 1 << 30,
+            memory: 512 << 20,
+            ..PlanReport::default()
+        };
+        let text = plan_text(&plan);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "plan against graph 3: 0 new, 1 changed, 1 removed, 0 as they are");
+        assert_eq!(lines[1], "! fetch          is granted net.http *.example");
+        assert!(lines.contains(&"~ fetch          component @aaaaaaaaaaaa → @bbbbbbbbbbbb"), "{text}");
+        assert!(lines.contains(&"~ fetch          is not granted any more: net.http a.example"), "{text}");
+        assert!(lines.contains(&"- old            is removed"), "{text}");
+        assert!(lines.contains(&"! ends the state of counter.001: its image changes"), "{text}");
+        assert!(text.contains("workers connect by TCP to port 443 (before: workers make no socket)"), "{text}");
+    }
+
+    #[test]
+    fn what_is_no_component_is_not_sent() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.wasm");
+        std::fs::write(&path, "text").unwrap();
+        assert!(component(&path).unwrap_err().to_string().ends_with("is no WebAssembly"));
+        assert!(component(&folder.path().join("none")).is_err());
+    }
+}
