@@ -6,11 +6,11 @@ use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
+use gaia_store::{Digest, Reference};
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use gaia_store::{Digest, Reference};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};

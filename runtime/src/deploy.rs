@@ -166,7 +166,8 @@ pub fn plan_text(plan: &PlanReport) -> String {
     let mut out = String::new();
     let against = plan.against.map_or_else(|| "what serves".to_owned(), |graph| format!("graph {graph}"));
     let [added, changed, removed, same] = counts(&plan.branes);
-    let _ = writeln!(out, "plan against {against}: {added} new, {changed} changed, {removed} removed, {same} as they are");
+    let _ =
+        writeln!(out, "plan against {against}: {added} new, {changed} changed, {removed} removed, {same} as they are");
     let wider = plan.branes.iter().flat_map(|b| b.grants.iter().map(move |g| (b, g)));
     for (brane, grant) in wider.filter(|(_, grant)| grant.widens == Some(true)) {
         let _ = writeln!(out, "! {:<14} is granted {}", brane.name, grant.text);

@@ -2,8 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal as _, Write as _, stderr, stdin, stdout};
-use std::net::SocketAddr;
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -63,43 +61,7 @@ enum Command {
         suggest: bool,
     },
     /// Run a graph right here, without an appliance: the same runtime, its log on standard output
-    Run {
-        /// The manifest; images are looked up beside it
-        file: PathBuf,
-        /// Deploy again when the manifest or a component changes
-        #[arg(long)]
-        watch: bool,
-        /// Where to listen for HTTP; may be given more than once
-        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
-        listen: Vec<SocketAddr>,
-        /// Where to listen for HTTP over TLS; may be given more than once
-        #[arg(long, value_name = "ADDRESS:PORT", requires = "certificate")]
-        tls_listen: Vec<SocketAddr>,
-        /// The certificate to serve TLS with and those that lead to its authority, in PEM; read again when it changes
-        #[arg(long, value_name = "FILE", requires = "key")]
-        certificate: Option<PathBuf>,
-        /// The certificate's private key, in PEM, readable by its owner alone
-        #[arg(long, value_name = "FILE", requires = "certificate")]
-        key: Option<PathBuf>,
-        /// How many workers at most; one core each
-        #[arg(long, value_name = "N")]
-        workers: Option<NonZeroUsize>,
-        /// A name server for the branes' look-ups; may be given more than once [default: this machine's]
-        #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = run::name_server)]
-        dns: Vec<SocketAddr>,
-        /// Certificates, in PEM, of authorities that requests to the outside trust besides; may be given more than once
-        #[arg(long = "root", value_name = "FILE")]
-        roots: Vec<PathBuf>,
-        /// The values of secrets: TOML, for each brane a table with NAME = "value", readable by its owner alone
-        #[arg(long, value_name = "FILE")]
-        secrets: Option<PathBuf>,
-        /// Memory that all workers together may have, as in 512MiB; half of the machine's, if not said
-        #[arg(long, value_name = "SIZE", value_parser = gaia_manifest::units::size)]
-        memory: Option<u64>,
-        /// Leave every process without its sandbox, to measure what it costs: never with a component that you do not trust
-        #[arg(long)]
-        without_sandbox: bool,
-    },
+    Run(run::Options),
     /// A prompt that takes these commands: what the serial port of the appliance runs
     Console,
     /// A process of the runtime: started by init, not by hand
@@ -134,37 +96,11 @@ fn main() -> ExitCode {
         Command::Operate(command) => {
             client().and_then(|client| operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into))
         }
+        Command::Deploy(command) => client().and_then(|client| deploy::run(&command, &client, cli.json, &mut stdout())),
         Command::Key => own_key(cli.json),
         Command::Trust { key } => trust(cli.on.as_deref(), key),
         Command::Check { file, suggest } => return check(&file, suggest, cli.json),
-        Command::Run {
-            file,
-            watch,
-            listen,
-            tls_listen,
-            certificate,
-            key,
-            workers,
-            dns,
-            roots,
-            secrets,
-            memory,
-            without_sandbox,
-        } => {
-            let secured = certificate.zip(key);
-            let options = run::Options {
-                file,
-                watch,
-                listen,
-                tls_listen,
-                secured,
-                workers,
-                dns,
-                roots,
-                secrets,
-                memory,
-                without_sandbox,
-            };
+        Command::Run(options) => {
             return match run::run(&options) {
                 Ok(code) => code,
                 Err(e) => {

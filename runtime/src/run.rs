@@ -45,30 +45,47 @@ const DNS: u16 = 53;
 /// Where this machine has its own.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// What is to be run, and how.
-#[derive(Debug, Clone)]
+/// What is to be run, and how. The words are those of `gaia help run`.
+#[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// The manifest.
-    pub file: PathBuf,
-    /// Deploy again when a file changes.
+    /// The manifest; images are looked up beside it
+    #[arg(required_unless_present = "data")]
+    pub file: Option<PathBuf>,
+    /// Keep a store in this folder, so that graphs can be deployed here: one that was deployed is served in place of the manifest
+    #[arg(long, value_name = "FOLDER", conflicts_with = "watch")]
+    pub data: Option<PathBuf>,
+    /// Deploy again when the manifest or a component changes
+    #[arg(long)]
     pub watch: bool,
-    /// Where to listen.
+    /// Where to listen for HTTP; may be given more than once
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
     pub listen: Vec<SocketAddr>,
-    /// Where to listen for TLS.
+    /// Where to listen for HTTP over TLS; may be given more than once
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "certificate")]
     pub tls_listen: Vec<SocketAddr>,
-    /// The files with the certificate that TLS is served with, and with its key, in PEM.
-    pub secured: Option<(PathBuf, PathBuf)>,
-    /// Workers at most; as many as there are cores for, if not said.
+    /// The certificate to serve TLS with and those that lead to its authority, in PEM; read again when it changes
+    #[arg(long, value_name = "FILE", requires = "key")]
+    pub certificate: Option<PathBuf>,
+    /// The certificate's private key, in PEM, readable by its owner alone
+    #[arg(long, value_name = "FILE", requires = "certificate")]
+    pub key: Option<PathBuf>,
+    /// How many workers at most; one core each
+    #[arg(long, value_name = "N")]
     pub workers: Option<NonZeroUsize>,
-    /// Name servers; those of this machine, if none is said.
+    /// A name server for the branes' look-ups; may be given more than once [default: this machine's]
+    #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = name_server)]
     pub dns: Vec<SocketAddr>,
-    /// Files with certificates of authorities that requests to the outside trust besides, in PEM.
+    /// Certificates, in PEM, of authorities that requests to the outside trust besides; may be given more than once
+    #[arg(long = "root", value_name = "FILE")]
     pub roots: Vec<PathBuf>,
-    /// The file with the values of secrets.
+    /// The values of secrets: TOML, for each brane a table with NAME = "value", readable by its owner alone
+    #[arg(long, value_name = "FILE")]
     pub secrets: Option<PathBuf>,
-    /// Bytes of memory that all workers together may have; half of the machine's, if not said.
+    /// Memory that all workers together may have, as in 512MiB; half of the machine's, if not said
+    #[arg(long, value_name = "SIZE", value_parser = gaia_manifest::units::size)]
     pub memory: Option<u64>,
-    /// Whether the roles are left without their sandboxes, to measure what these cost.
+    /// Leave every process without its sandbox, to measure what it costs: never with a component that you do not trust
+    #[arg(long)]
     pub without_sandbox: bool,
 }
 
@@ -99,10 +116,17 @@ fn name_servers(resolv_conf: &str) -> Vec<SocketAddr> {
 /// # Errors
 /// If the manifest cannot be read, an address is taken, or the system refuses what is needed.
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    let (file, shown) = (&options.file, options.file.display());
-    File::open(file).with_context(|| format!("{shown}"))?;
-    let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = File::open(folder).with_context(|| format!("{}", folder.display()))?;
+    let folder = options.file.as_ref().map(|file| {
+        File::open(file).with_context(|| format!("{}", file.display()))?;
+        let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder).with_context(|| format!("{}", folder.display()))
+    });
+    let folder = folder.transpose()?;
+    let data = options.data.as_ref().map(|data| {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(data).and_then(|()| File::open(data));
+        made.with_context(|| format!("{}", data.display()))
+    });
+    let data = data.transpose()?;
     let cores = cores(options.workers);
     let plain = options.listen.iter().map(|address| (Protocol::Http, *address));
     let addresses: Vec<_> = plain.chain(options.tls_listen.iter().map(|a| (Protocol::Https, *a))).collect();
@@ -111,7 +135,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     for root in options.roots.iter().chain(&options.secrets) {
         File::open(root).with_context(|| format!("{}", root.display()))?;
     }
-    let mut launcher = Launcher::new(options, folder.into(), &own, cores.clone())?;
+    let mut launcher = Launcher::new(options, folder.map(OwnedFd::from), data.map(OwnedFd::from), &own, cores.clone())?;
     let mut missing = vec!["users of their own", "cgroups"];
     if options.without_sandbox {
         anyhow::ensure!(
@@ -194,9 +218,10 @@ impl Drop for Own {
 
 /// An ordinary process as the supervisor sees it.
 struct Launcher {
-    file: String,
+    file: Option<String>,
     watch: bool,
-    folder: OwnedFd,
+    folder: Option<OwnedFd>,
+    data: Option<OwnedFd>,
     api: OwnedFd,
     socket: String,
     dns: Vec<SocketAddr>,
@@ -215,7 +240,13 @@ struct Launcher {
 }
 
 impl Launcher {
-    fn new(options: &Options, folder: OwnedFd, own: &Own, cores: Cores) -> io::Result<Self> {
+    fn new(
+        options: &Options,
+        folder: Option<OwnedFd>,
+        data: Option<OwnedFd>,
+        own: &Own,
+        cores: Cores,
+    ) -> io::Result<Self> {
         let dns = match options.dns.as_slice() {
             [] => name_servers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default()),
             said => said.to_vec(),
@@ -230,13 +261,14 @@ impl Launcher {
             dns,
             roots: options.roots.iter().map(absolute).collect::<io::Result<_>>()?,
             secrets: options.secrets.as_ref().map(absolute).transpose()?,
-            secured: match &options.secured {
+            secured: match options.certificate.as_ref().zip(options.key.as_ref()) {
                 Some((certificate, key)) => Some((absolute(certificate)?, absolute(key)?)),
                 None => None,
             },
-            file: options.file.to_string_lossy().into_owned(),
+            file: options.file.as_ref().map(|file| file.to_string_lossy().into_owned()),
             watch: options.watch,
             folder,
+            data,
             api: own.listener.try_clone()?.into(),
             socket: own.socket().to_string_lossy().into_owned(),
             null: File::options().read(true).write(true).open("/dev/null")?.into(),
@@ -312,7 +344,12 @@ impl Machine for Launcher {
 
     fn descriptors(&self, role: &Role) -> Vec<(String, BorrowedFd<'_>)> {
         match role.kind {
-            Kind::Control => vec![("api".into(), self.api.as_fd()), ("seed".into(), self.folder.as_fd())],
+            Kind::Control => {
+                let mut all = vec![("api".into(), self.api.as_fd())];
+                all.extend(self.folder.as_ref().map(|folder| ("seed".into(), folder.as_fd())));
+                all.extend(self.data.as_ref().map(|data| ("data".into(), data.as_fd())));
+                all
+            }
             _ => Vec::new(),
         }
     }
@@ -320,7 +357,8 @@ impl Machine for Launcher {
     fn environment(&self, role: &Role) -> Vec<(String, String)> {
         match role.kind {
             Kind::Control => {
-                let mut all = vec![("GAIA_GRAPH".into(), self.file.clone())];
+                let mut all = Vec::new();
+                all.extend(self.file.clone().map(|file| ("GAIA_GRAPH".into(), file)));
                 all.extend(self.watch.then(|| ("GAIA_WATCH".into(), "1".into())));
                 all.push(("GAIA_DNS".into(), spaced(&self.dns)));
                 all.push(("GAIA_ROOTS".into(), self.roots.join("\n")));

@@ -44,7 +44,7 @@ pub(crate) struct Appliance {
 }
 
 /// What was opened for the roles, as far as it could be.
-pub(crate) struct Opened {
+pub(crate) struct Held {
     /// The socket of control's API.
     pub(crate) api: Option<OwnedFd>,
     /// The sockets on which operators reach control.
@@ -59,9 +59,9 @@ impl Appliance {
         report: Report,
         settings: &Settings,
         groups: Groups,
-        opened: Opened,
+        opened: Held,
     ) -> Result<Self, rustix::io::Errno> {
-        let Opened { api, control, watchdog, terminal, seed } = opened;
+        let Held { api, control, watchdog, terminal, seed } = opened;
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let words = rustix::fs::open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             .or_else(|_| null.try_clone().map_err(|_| rustix::io::Errno::MFILE))?;

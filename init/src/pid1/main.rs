@@ -30,7 +30,7 @@ use gaia_init::supervise::Supervisor;
 use gaia_init::{listeners, settings};
 use rustix::fs::{Mode, OFlags};
 
-use crate::machine::{Appliance, Opened};
+use crate::machine::{Appliance, Held};
 use crate::report::Report;
 
 /// Where the archive beside the system puts the device's settings, the graph and the components.
@@ -76,8 +76,9 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     }
     #[cfg(feature = "debug-role")]
     standing.push(Kind::Debug);
-    let appliance = Appliance::new(report, &settings, groups, Opened { api, control: operators, watchdog, terminal, seed })
-        .map_err(|e| e.to_string())?;
+    let appliance =
+        Appliance::new(report, &settings, groups, Held { api, control: operators, watchdog, terminal, seed })
+            .map_err(|e| e.to_string())?;
     let supervisor = Supervisor::new(appliance, cores, listeners.unwrap_or_default(), &standing);
     let mut supervisor = supervisor.map_err(|e| e.to_string())?;
     let end = supervisor.run().map_err(|e| e.to_string())?;

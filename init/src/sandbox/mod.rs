@@ -25,6 +25,7 @@ pub mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::os::fd::BorrowedFd;
 
 use landlock::{
     ABI, Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible as _, NetPort, PathBeneath, PathFd,
@@ -178,6 +179,8 @@ struct Closing<'a> {
     ports: &'a BTreeSet<u16>,
     /// Whether TCP may be bound to a port of the kernel's choice.
     bind: bool,
+    /// Under `gaia run`, the folder it keeps files in.
+    keeps: Option<BorrowedFd<'a>>,
     calls: Vec<&'static Call>,
 }
 
@@ -192,14 +195,14 @@ impl Closing<'_> {
     fn enter_one(&self, layer: Layer, demand: Demand) -> Result<(), Error> {
         match layer {
             Layer::Capabilities => drop_capabilities(demand),
-            Layer::Landlock => confine(self.sandbox, self.ports, self.bind, demand),
+            Layer::Landlock => confine(self.sandbox, self.ports, self.bind, self.keeps, demand),
             Layer::Seccomp => filter(self.calls.iter().copied(), Threads::This, demand),
         }
     }
 }
 
 fn closing<'a>(sandbox: &'a Sandbox, ports: &'a BTreeSet<u16>) -> Closing<'a> {
-    Closing { sandbox, ports, bind: false, calls: sandbox.calls.iter().copied().flatten().collect() }
+    Closing { sandbox, ports, bind: false, keeps: None, calls: sandbox.calls.iter().copied().flatten().collect() }
 }
 
 /// Enters a role's sandbox: capabilities, Landlock, seccomp, in this order. Must be called while the process has a single
@@ -209,6 +212,20 @@ fn closing<'a>(sandbox: &'a Sandbox, ports: &'a BTreeSet<u16>) -> Closing<'a> {
 /// The layer that could not be had; with [`Demand::Possible`] only what the kernel has and refuses.
 pub fn enter(sandbox: &Sandbox, ports: &BTreeSet<u16>, demand: Demand) -> Result<(), Error> {
     closing(sandbox, ports).enter(demand)
+}
+
+/// Enters the sandbox of a role that keeps files. Where that is under `gaia run`, this open folder says; on the appliance, the
+/// sandbox does.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_keeping(
+    sandbox: &Sandbox,
+    ports: &BTreeSet<u16>,
+    keeps: Option<BorrowedFd<'_>>,
+    demand: Demand,
+) -> Result<(), Error> {
+    Closing { keeps, ..closing(sandbox, ports) }.enter(demand)
 }
 
 /// Enters one layer of a role's sandbox and leaves the others off, to show what it stops by itself. No role may call this,
@@ -260,7 +277,13 @@ fn keeping() -> BitFlags<AccessFs> {
 ///
 /// # Errors
 /// [`Error::Landlock`], [`Error::Partly`]
-fn confine(sandbox: &Sandbox, ports: &BTreeSet<u16>, bind: bool, demand: Demand) -> Result<(), Error> {
+fn confine(
+    sandbox: &Sandbox,
+    ports: &BTreeSet<u16>,
+    bind: bool,
+    keeps: Option<BorrowedFd<'_>>,
+    demand: Demand,
+) -> Result<(), Error> {
     let failed = |e: &dyn fmt::Display| Error::Landlock(e.to_string());
     let mut rules = ruleset(demand).and_then(Ruleset::create).map_err(|e| failed(&e))?;
     let files = match demand {
@@ -271,6 +294,9 @@ fn confine(sandbox: &Sandbox, ports: &BTreeSet<u16>, bind: bool, demand: Demand)
     for (path, _) in data {
         // A machine without a data disk.
         let Ok(folder) = PathFd::new(path) else { continue };
+        rules = rules.add_rule(PathBeneath::new(folder, keeping())).map_err(|e| failed(&e))?;
+    }
+    if let (Some(folder), Demand::Possible | Demand::Nothing) = (keeps, demand) {
         rules = rules.add_rule(PathBeneath::new(folder, keeping())).map_err(|e| failed(&e))?;
     }
     for (path, _) in files {
@@ -573,7 +599,7 @@ mod tests {
         }
         // Landlock holds the thread that asked for it, and those it starts.
         let confined = std::thread::spawn(|| {
-            confine(&worker::START, &BTreeSet::new(), false, Demand::Possible).unwrap();
+            confine(&worker::START, &BTreeSet::new(), false, None, Demand::Possible).unwrap();
             let open = |path: &str| std::fs::File::open(path).map(drop).map_err(|e| e.kind());
             [open("/proc/self/statm"), open("/proc/self/status"), open("/dev/null"), open("/etc/passwd")]
         });
@@ -594,7 +620,7 @@ mod tests {
         let confined = std::thread::spawn(|| {
             let sandbox = Sandbox { data: &MAY, ..worker::START };
             // Not with the other demand, under which nothing is kept.
-            confine(&sandbox, &BTreeSet::new(), false, Demand::Whole).unwrap();
+            confine(&sandbox, &BTreeSet::new(), false, None, Demand::Whole).unwrap();
             let at = |name: &str| std::path::Path::new(MAY[0].0).join(name);
             std::fs::create_dir(at("a")).unwrap();
             std::fs::write(at("a/x"), "y").unwrap();

@@ -143,7 +143,7 @@ pub fn enter(reach: &Reach, demand: Demand) -> Result<(), Error> {
 
 fn closing(reach: &Reach) -> Closing<'_> {
     let calls = START.calls.iter().copied().flatten().chain(seal(reach)).collect();
-    Closing { sandbox: &START, ports: &reach.ports, bind: reach.tcp, calls }
+    Closing { sandbox: &START, ports: &reach.ports, bind: reach.tcp, keeps: None, calls }
 }
 
 /// Enters one layer of the first moment and leaves the others off, to show what it stops by itself, as

@@ -20,7 +20,7 @@ mod vault;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -154,24 +154,26 @@ pub struct Control {
 /// If its sandbox cannot be closed, what init hands down is not there, or the channel to init breaks.
 pub fn run() -> anyhow::Result<()> {
     let ports = name_servers().iter().map(SocketAddr::port).collect();
-    sandbox::enter(&sandbox::control::SANDBOX, &ports, Demand::from_environment())?;
     let mut descriptors = Descriptors::inherit()?;
+    let data = descriptors.take("data").ok();
+    let keeps = data.as_ref().map(AsFd::as_fd);
+    sandbox::enter_keeping(&sandbox::control::SANDBOX, &ports, keeps, Demand::from_environment())?;
     // Beside this thread there are those that wait for the disk.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(DISK_THREADS)
         .thread_stack_size(256 << 10)
         .build()?;
-    tokio::task::LocalSet::new().block_on(&runtime, live(&mut descriptors))
+    tokio::task::LocalSet::new().block_on(&runtime, live(&mut descriptors, data))
 }
 
-async fn live(descriptors: &mut Descriptors) -> anyhow::Result<()> {
+async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>) -> anyhow::Result<()> {
     let init = init::Init::new(Channel::new(descriptors.take("init")?)?);
     let seed = descriptors.take("seed").ok();
     let files = seed.as_ref().map(certificate::Files::from_environment).transpose()?.flatten();
     let source = seed.map(deploy::Source::from_environment);
     let api = descriptors.take("api").ok();
-    let (vault, findings) = match descriptors.take("data").ok().map(|data| vault::Vault::open(&data)) {
+    let (vault, findings) = match data.map(|data| vault::Vault::open(&data)) {
         None => (None, Vec::new()),
         Some(Ok((vault, findings))) => (Some(vault), findings.iter().map(ToString::to_string).collect()),
         Some(Err(e)) => (None, vec![format!("no store, so nothing can be deployed: {e}")]),
