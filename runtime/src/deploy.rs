@@ -2,6 +2,7 @@
 //! appliance does the rest.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::Write as _;
 use std::io::{self, BufRead as _, IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
@@ -77,8 +78,8 @@ fn deploy(
     for brane in &parsed.branes {
         let Image::File(path) = &brane.image.value else { continue };
         let image = brane.image.value.to_string();
-        if !images.contains_key(&image) {
-            images.insert(image, sent(client, &folder.join(path))?);
+        if let Entry::Vacant(free) = images.entry(image) {
+            free.insert(sent(client, &folder.join(path))?);
         }
     }
     let mut asked = Deploy { manifest, file: shown.to_string(), images, plan: None, ends_states: yes };
