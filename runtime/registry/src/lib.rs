@@ -41,6 +41,8 @@ pub use crate::settings::{Credentials, Settings};
 
 /// The largest manifest or index, in bytes. That of a component has one kilobyte.
 const MAX_MANIFEST: u64 = 1024 * 1024;
+/// A manifest that was asked for by digest.
+const PINNED: &str = "manifest with that digest (before a component's own there has to be a tag)";
 /// The pieces of an upload where one request is too large, in bytes: what all registries take.
 const CHUNK: u64 = 4 * 1024 * 1024;
 /// The largest pieces that are sent because a registry wants no smaller ones, in bytes.
@@ -120,9 +122,9 @@ impl Registry {
 
     /// Fetches a component, piece by piece into `sink`, at most `limit` bytes of it.
     ///
-    /// A digest in the reference is that of the manifest (or index), as everywhere in OCI. Where a tag stands before it and the
-    /// registry has no such manifest, it may also be that of the component itself, as in the local store: the tag says
-    /// where, and both fix the same bytes.
+    /// A digest in the reference is that of the manifest (or index), as everywhere in OCI. Where a tag stands before it, it may
+    /// also be that of the component itself, as in the local store: both fix the same bytes. A tag that has moved on does not
+    /// matter as long as the registry has the manifest.
     ///
     /// What has gone to `sink` is the component only if this returns `Ok`: the digest is known at the end.
     ///
@@ -213,18 +215,22 @@ impl Session<'_> {
         sink: &mut impl FnMut(&[u8]) -> io::Result<()>,
         progress: &mut impl FnMut(Progress),
     ) -> Result<Pulled, Why> {
-        let mut pinned = None;
-        let top = match (reference.digest(), reference.tag_or_latest()) {
-            (Some(digest), Some(tag)) => match self.manifest(&digest.to_string(), Some(digest), None).await {
-                Err(Why::NotFound { .. }) => {
-                    pinned = Some(digest);
-                    self.manifest(tag, None, None).await?
-                }
-                other => other?,
-            },
-            (Some(digest), None) => self.manifest(&digest.to_string(), Some(digest), None).await?,
-            (None, tag) => self.manifest(tag.unwrap_or_default(), None, None).await?,
+        let (manifest, layer) = match (reference.tag_or_latest(), reference.digest()) {
+            (None, None) => return Err(Why::Manifest("neither tag nor digest".into())),
+            (Some(tag), None) => self.found(tag, None).await?,
+            (None, Some(digest)) => self.found(&digest.to_string(), Some(digest)).await?,
+            (Some(tag), Some(digest)) => self.found_pinned(tag, digest).await?,
         };
+        if layer.size > limit {
+            return Err(Why::TooLarge { what: "a component", size: layer.size, limit });
+        }
+        self.component(&layer, sink, progress).await?;
+        Ok(Pulled { component: layer.digest, manifest, media_type: layer.media_type, size: layer.size })
+    }
+
+    /// The digest of what a tag or a digest stands for, and the component in it.
+    async fn found(&mut self, name: &str, digest: Option<Digest>) -> Result<(Digest, Blob), Why> {
+        let top = self.manifest(name, digest, None).await?;
         let layer = match top.leads_to {
             Artefact::Component(layer) => layer,
             Artefact::Index(Blob { digest, size, .. }) => {
@@ -234,20 +240,40 @@ impl Session<'_> {
                 }
             }
         };
-        if let Some(wanted) = pinned.filter(|wanted| *wanted != layer.digest) {
-            let what = "neither the manifest nor the component";
-            return Err(Why::Digest { what, wanted, got: layer.digest });
+        Ok((top.digest, layer))
+    }
+
+    /// The same of a tag that is pinned. The tag comes first: asked for a manifest by the digest of a component, Docker's registry
+    /// takes the component for one and answers 500. Where the tag has moved on, or is gone, the digest alone counts.
+    async fn found_pinned(&mut self, tag: &str, pin: Digest) -> Result<(Digest, Blob), Why> {
+        let moved = match self.found(tag, None).await {
+            Ok((manifest, layer)) if manifest == pin || layer.digest == pin => return Ok((manifest, layer)),
+            Ok((_, layer)) => Some(layer.digest),
+            // Of the tag alone, and no matter for the digest.
+            Err(
+                Why::NotFound { .. }
+                | Why::Manifest(_)
+                | Why::NotWasm(_)
+                | Why::SeveralComponents(_)
+                | Why::Index(_)
+                | Why::TooLarge { .. }
+                | Why::Size { .. }
+                | Why::Digest { .. },
+            ) => None,
+            Err(other) => return Err(other),
+        };
+        match (self.found(&pin.to_string(), Some(pin)).await, moved) {
+            (Err(Why::NotFound { .. } | Why::Status { .. }), Some(got)) => {
+                Err(Why::Digest { what: "neither the manifest nor the component", wanted: pin, got })
+            }
+            (found, _) => found,
         }
-        if layer.size > limit {
-            return Err(Why::TooLarge { what: "a component", size: layer.size, limit });
-        }
-        self.component(&layer, sink, progress).await?;
-        Ok(Pulled { component: layer.digest, manifest: top.digest, media_type: layer.media_type, size: layer.size })
     }
 
     /// Reads a manifest by tag or digest; what is known of it before has to be true.
     async fn manifest(&mut self, name: &str, digest: Option<Digest>, size: Option<u64>) -> Result<Manifest, Why> {
-        let ask = Ask::new(Method::GET, "manifest").header(header::ACCEPT, HeaderValue::from_static(artefact::ACCEPT));
+        let what = if digest.is_some() { PINNED } else { "manifest" };
+        let ask = Ask::new(Method::GET, what).header(header::ACCEPT, HeaderValue::from_static(artefact::ACCEPT));
         let (target, response) = self.get(&ask, self.at(&format!("manifests/{name}"))).await?;
         if response.status() != StatusCode::OK {
             return Err(self.complaint(ask.what, &target, response).await);

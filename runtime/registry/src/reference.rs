@@ -87,10 +87,11 @@ impl Host {
         Ok(Self { peer: origin.host().clone(), port })
     }
 
-    /// Of whom a request is for.
+    /// Of whom a request is for, as messages name it.
     pub(crate) fn of(origin: &Origin) -> Self {
-        let port = Some(origin.port()).filter(|port| *port != origin.scheme().default_port());
-        Self { peer: origin.host().clone(), port }
+        let peer = origin.host().clone();
+        let port = Some(origin.port()).filter(|port| *port != origin.scheme().default_port() || is_bare(&peer));
+        Self { peer, port }
     }
 
     /// Whom a request to it is for.
@@ -100,13 +101,25 @@ impl Host {
     pub(crate) fn origin(&self, scheme: Scheme) -> Result<Origin, Denied> {
         Origin::parse(scheme, &self.to_string())
     }
+
+    /// Whether a request for it goes there, with the scheme that it has there.
+    pub(crate) fn is_at(&self, origin: &Origin) -> bool {
+        self.origin(origin.scheme()).as_ref() == Ok(origin)
+    }
 }
 
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.peer)?;
-        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+        // Without its port, such a name in front of a repository would be a part of that.
+        let port = self.port.or_else(|| is_bare(&self.peer).then(|| Scheme::Https.default_port()));
+        port.map_or(Ok(()), |port| write!(f, ":{port}"))
     }
+}
+
+/// A name that only a port makes a registry's.
+fn is_bare(peer: &Peer) -> bool {
+    matches!(peer, Peer::Name(name) if !name.contains('.') && name != "localhost")
 }
 
 /// What is wrong with a reference, and where in its text.
@@ -317,6 +330,9 @@ mod tests {
             ("[::1]:5000/a", Some("[::1]:5000"), "a"),
             ("[::1]/a", Some("[::1]"), "a"),
             ("Registry.Example/a", Some("registry.example"), "a"),
+            ("registry.example:443/a", Some("registry.example"), "a"),
+            ("registry:443/a", Some("registry:443"), "a"),
+            ("registry./a", Some("registry:443"), "a"),
         ] {
             let reference = Reference::parse(text).unwrap();
             assert_eq!(reference.host().map(ToString::to_string).as_deref(), host, "{text}");

@@ -243,7 +243,7 @@ impl Session<'_> {
         if let Some(way) = self.ways.get(origin) {
             return Ok(Arc::clone(way));
         }
-        let trusted = *origin == self.origin || self.settings.knows(&Host::of(origin));
+        let trusted = *origin == self.origin || self.settings.knows(origin);
         let port = format!(":{}", origin.port());
         let site = |peer: &Peer| Site::parse(&format!("{}://{peer}{port}", origin.scheme()));
         let mut addresses = Vec::new();
@@ -284,7 +284,7 @@ impl Session<'_> {
             (_, Scheme::Https) => Ok(()),
             (Scheme::Https, Scheme::Http) => Err("from TLS to none is not followed".into()),
             (Scheme::Http, Scheme::Http) if target.origin == self.origin => Ok(()),
-            (Scheme::Http, Scheme::Http) if self.settings.plain.contains(&target.host()) => Ok(()),
+            (Scheme::Http, Scheme::Http) if self.settings.is_plain(&target.origin) => Ok(()),
             (Scheme::Http, Scheme::Http) => Err("without TLS, and gaia.toml does not say so of that host".into()),
         }
     }

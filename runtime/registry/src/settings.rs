@@ -4,6 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
+use gaia_egress::site::Origin;
+use gaia_manifest::Scheme;
+
 use crate::reference::Host;
 
 /// How long a pull or a push may take, unless said otherwise.
@@ -119,12 +122,15 @@ impl Settings {
         self
     }
 
-    /// Whether a host was named by the operator, and so may be anywhere.
-    pub(crate) fn knows(&self, host: &Host) -> bool {
-        self.credentials.contains_key(host)
-            || self.plain.contains(host)
-            || self.companions.contains(host)
-            || self.default.as_ref() == Some(host)
+    /// Whether a server is spoken to without TLS.
+    pub(crate) fn is_plain(&self, origin: &Origin) -> bool {
+        origin.scheme() == Scheme::Http && self.plain.iter().any(|host| host.is_at(origin))
+    }
+
+    /// Whether a server was named by the operator, and so may be anywhere.
+    pub(crate) fn knows(&self, origin: &Origin) -> bool {
+        let mut named = self.credentials.keys().chain(&self.plain).chain(&self.companions).chain(&self.default);
+        named.any(|host| host.is_at(origin))
     }
 }
 
