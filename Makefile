@@ -163,7 +163,7 @@ clippy:
 	@cargo clippy $(FLAGS) -p gaia-init --features debug-role --all-targets -- -D warnings
 	@cargo clippy $(FLAGS) -p gaia-branes --all-targets --target wasm32-wasip2 -- -D warnings
 	@cargo clippy $(FLAGS) -p gaia-schema -p gaia-interfaces --all-targets -- -D warnings
-	@cargo clippy $(FLAGS) -p gaia-egress --all-targets -- -D warnings
+	@cargo clippy $(FLAGS) -p gaia-egress -p gaia-registry --all-targets -- -D warnings
 	@$(FUZZ_ENV) cargo clippy $(FLAGS) $(FUZZ) -- -D warnings
 
 .PHONY: unit
@@ -172,6 +172,7 @@ unit: out/interfaces
 	@cargo test $(FLAGS) --doc
 	@cargo test $(FLAGS) -p gaia-branes --lib
 	@cargo test $(FLAGS) -p gaia-egress
+	@cargo test $(FLAGS) -p gaia-registry
 	@cargo test $(FLAGS) -p gaia-schema --test schema
 
 # From the same seeds and the same number of chance each time.

@@ -1,5 +1,6 @@
 //! Against a registry that is one: Debian's `docker-registry`, started here on the loopback. Passing wrongly, it would miss
 //! that what is pushed cannot be pulled, by us or by whoever else speaks to registries.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "what fails here fails the test")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
