@@ -1,6 +1,6 @@
 //! Against a registry that is one: Debian's `docker-registry`, started here on the loopback. Passing wrongly, it would miss
 //! that what is pushed cannot be pulled, by us or by whoever else speaks to registries.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "what fails here fails the test")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -19,7 +19,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 
 /// How long the registry may take to listen.
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_mins(1);
 /// User `omega`, password `hunter2`, in the form of htpasswd(1).
 const HTPASSWD: &str = "omega:$2y$05$abcdefghijklmnopqrstuuoXuKqgZXLiJqzfmMXDDhSFPIvxV7t8.\n";
 

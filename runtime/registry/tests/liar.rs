@@ -1,6 +1,6 @@
 //! Against servers that lie, loop, trickle and send elsewhere: each is one clear error, after a bounded number of requests
 //! and bytes. Passing wrongly, it would miss a registry that fills the store, drains the memory or learns a password.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "what fails here fails the test")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
