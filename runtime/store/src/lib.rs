@@ -49,7 +49,11 @@ mod disk;
 pub mod exercise;
 mod form;
 mod reference;
+#[cfg(test)]
+mod simulated;
 mod state;
+#[cfg(test)]
+mod tests;
 mod upload;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -965,8 +969,7 @@ fn lay_out(state: &mut State, no_format: bool) -> Result<(), Error> {
     }
     if no_format {
         // Before the directories, so that a store that has those and no format is known to be damaged.
-        let file = form::sealed_json(Dir::Root, FORMAT, &Format { version: VERSION }).map_err(unwritable)?;
-        let made = state.replace(Dir::Root, FORMAT, &file);
+        let made = write_format(state);
         if laid_out {
             state.found(&Subject::Format, "it is missing".to_owned(), Outcome::Lost, None);
         } else {
@@ -1016,6 +1019,11 @@ fn lay_out(state: &mut State, no_format: bool) -> Result<(), Error> {
     Ok(())
 }
 
+fn write_format(state: &mut State) -> Result<(), Error> {
+    let file = form::sealed_json(Dir::Root, FORMAT, &Format { version: VERSION }).map_err(unwritable)?;
+    state.replace(Dir::Root, FORMAT, &file)
+}
+
 fn remove_temporary(state: &mut State, dir: Dir, name: &str) {
     if let Err(e) = state.disk.remove(dir, name) {
         let why = format!("a temporary file that cannot be removed: {e}");
@@ -1040,8 +1048,10 @@ fn read_all(state: &mut State) {
     let small = |state: &State, dir| -> BTreeSet<String> {
         state.files_in(dir).map(|(name, _)| name.strip_suffix(COPY).unwrap_or(name).to_owned()).collect()
     };
-    // Not put back in place of one that is missing on both: `lay_out` has done that.
-    let _ = state.mended(&Subject::Format, Dir::Root, FORMAT, &form::format);
+    if state.mended(&Subject::Format, Dir::Root, FORMAT, &form::format).is_none() {
+        // Both are damaged, and named by now. What the files say they are is in their seals, too.
+        let _ = write_format(state);
+    }
     for name in small(state, Dir::Records) {
         let _ = state.mended(&Subject::Record(name.clone()), Dir::Records, &name, &|_| Ok(()));
     }

@@ -367,6 +367,10 @@ impl State {
 
     /// Writes both files anew with what one of them holds.
     fn mend(&mut self, subject: &Subject, dir: Dir, name: &str, file: &[u8]) {
+        // Said already, by the change that failed.
+        if self.unsettled.is_some() {
+            return;
+        }
         if let Err(e) = self.replace(dir, name, file) {
             self.found(subject, format!("it could not be written anew: {e}"), Outcome::Restored, None);
         }
