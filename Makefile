@@ -58,7 +58,7 @@ GUESTS := $(filter-out lib build,$(notdir $(basename $(wildcard tests/branes/*.r
 BRANES := $(foreach guest,$(GUESTS),out/branes/$(subst _,-,$(guest)).wasm)
 
 # Fuzz targets are for this machine itself, and compiled with flags of their own: so in a target directory of their own.
-FUZZERS   := manifest allow settings wire files sites answers
+FUZZERS   := manifest allow settings wire files sites answers store
 FUZZ_RUNS := $(if $(T),$(T),$(FUZZERS))
 FUZZ_ENV  := CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)-fuzz RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/fuzz/rustc.sh
 FUZZ      := -p gaia-fuzz --target x86_64-unknown-linux-gnu
@@ -112,7 +112,7 @@ it: named ready image test-image ## run one test that boots the appliance: T=nam
 	@cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture $(T)
 
 .PHONY: fuzz
-fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser: T=manifest, allow, settings, wire, files, sites, answers; SECONDS=600
+fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser: T=manifest, allow, settings, wire, files, sites, answers, store; SECONDS=600
 	@for target in $(FUZZ_RUNS); do tests/fuzz/run.sh $$target $(or $(SECONDS),600) $(CACHE)/fuzz/$$target; done
 
 # Only what is named on the command line, so that the program's own defaults hold.

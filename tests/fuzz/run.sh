@@ -28,7 +28,7 @@ manifest)
     ;;
 settings) seeds=(examples/gaia.toml) ;;
 allow | sites) length=320 ;;
-answers) length=512 ;;
+answers | store) length=512 ;;
 files) length=4096 ;;
 esac
 # Words that are put into inputs, where it is words that they are made of.

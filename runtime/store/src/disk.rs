@@ -7,7 +7,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
@@ -103,7 +103,7 @@ const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags
 
 impl Directory {
     /// Opens the directory anew: a lock belongs to an open directory, and whoever handed this one down has it open too.
-    pub(crate) fn of(dir: &OwnedFd) -> io::Result<Self> {
+    pub(crate) fn of(dir: BorrowedFd<'_>) -> io::Result<Self> {
         let root = rustix::fs::openat(dir, c".", DIRECTORY, Mode::empty())?;
         Ok(Self { root, below: [const { OnceLock::new() }; Dir::BELOW.len()] })
     }
@@ -197,7 +197,7 @@ impl Disk for Directory {
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
-        let stat = rustix::fs::fstatvfs(self.root.as_fd())?;
+        let stat = rustix::fs::fstatvfs(&self.root)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 }

@@ -27,7 +27,7 @@
 //! use gaia_store::{Limits, NewGraph, Store};
 //!
 //! let directory = tempfile::tempdir()?;
-//! let (store, wrong) = Store::open(&File::open(directory.path())?.into(), Limits::default())?;
+//! let (store, wrong) = Store::open(File::open(directory.path())?, Limits::default())?;
 //! assert!(wrong.is_empty());
 //!
 //! let mut upload = store.upload()?;
@@ -59,7 +59,7 @@ mod upload;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest as _, Sha256};
@@ -72,7 +72,7 @@ pub use upload::Upload;
 use disk::{Dir, Directory, Disk};
 use form::{Current, Format};
 use reference::is_word;
-use state::{COPY, PIECE, State, TEMPORARY, path, seal_in, taken};
+use state::{COPY, PIECE, State, TEMPORARY, is_of_the_process, path, seal_in, taken};
 use upload::Staged;
 
 /// The longest manifest in a graph, in bytes: what the manifest's parser takes.
@@ -156,8 +156,8 @@ pub enum Error {
         /// The component's.
         digest: Digest,
     },
-    /// The component was damaged. It is in quarantine now, and so no longer in the store.
-    #[error("{digest} was damaged and is in quarantine now: {why}; push it again")]
+    /// The component is damaged. It was moved into quarantine, if that could be done, and is then no longer in the store.
+    #[error("{digest} is damaged: {why}; push it again")]
     Corrupt {
         /// The component's.
         digest: Digest,
@@ -412,8 +412,9 @@ enum Wrong {
 }
 
 impl Store {
-    /// Opens the store in this directory, makes it if there is none, and says what is wrong with it. Other files in the directory
-    /// are left alone.
+    /// Opens the store in this open directory, makes it if there is none, and says what is wrong with it. Other files in the directory
+    /// are left alone. The descriptor is needed no longer when this returns: the directory is opened anew, because a lock belongs
+    /// to an open directory, and whoever handed this one down may have it open, too.
     ///
     /// Removes what a power failure has left half done. Reads all small files; components and artefacts are verified whenever they are
     /// read. A disk that can only be read is opened, too, if there is a store on it.
@@ -421,8 +422,8 @@ impl Store {
     /// # Errors
     /// [`Error::InUse`], [`Error::Newer`]; [`Error::Full`] and [`Error::Io`] if there is no store and none can be made, or
     /// if a directory cannot be read.
-    pub fn open(directory: &OwnedFd, limits: Limits) -> Result<(Self, Vec<Finding>), Error> {
-        let opened = Directory::of(directory)
+    pub fn open(directory: impl AsFd, limits: Limits) -> Result<(Self, Vec<Finding>), Error> {
+        let opened = Directory::of(directory.as_fd())
             .map_err(|source| Error::Io { step: "opening the data directory".to_owned(), source })?;
         Self::on(Arc::new(opened), limits)
     }
@@ -435,14 +436,14 @@ impl Store {
             Ok(false) => return Err(Error::InUse),
             Err(e) => return Err(state.failed("locking the data directory", 0, e)),
         }
-        let formats = state.twice(Dir::Root, FORMAT, &form::format);
+        let formats = state.twice(Dir::Root, FORMAT, &form::format)?;
         let versions = formats.iter().flatten().flatten().map(|(format, _)| format.version);
         if let Some(found) = versions.max().filter(|version| *version > VERSION) {
             return Err(Error::Newer { found, known: VERSION });
         }
         let none = formats.iter().all(|format| matches!(format, Ok(None)));
         lay_out(&mut state, none)?;
-        read_all(&mut state);
+        read_all(&mut state)?;
         let findings = state.findings.drain(..).collect();
         Ok((Self { shared: Arc::new(Shared { disk, limits, state: Mutex::new(state) }) }, findings))
     }
@@ -767,13 +768,13 @@ impl Store {
     /// A record, verified. `None` if there is none, or if it was lost; then that is among the findings.
     ///
     /// # Errors
-    /// [`Error::Word`]
+    /// [`Error::Word`]; [`Error::Io`] if it is this process that cannot read it.
     pub fn record(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         if !is_word(name) {
             return Err(Error::Word(name.to_owned()));
         }
         let subject = Subject::Record(name.to_owned());
-        Ok(self.state().mended(&subject, Dir::Records, name, &|body| Ok(body.to_vec())))
+        self.state().mended(&subject, Dir::Records, name, &|body| Ok(body.to_vec()))
     }
 
     /// Keeps a record of up to [`RECORD_MAX`] bytes, readable by this user alone. Durable when it returns.
@@ -882,17 +883,7 @@ fn records(state: &State) -> impl Iterator<Item = &str> {
 fn unreadable(e: io::Error) -> Wrong {
     match e.kind() {
         io::ErrorKind::NotFound => Wrong::Missing,
-        // Of this process or machine, not of the file.
-        io::ErrorKind::OutOfMemory | io::ErrorKind::PermissionDenied => {
-            Wrong::Other(Error::Io { step: "reading".to_owned(), source: e })
-        }
-        _ if matches!(
-            rustix::io::Errno::from_io_error(&e),
-            Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)
-        ) =>
-        {
-            Wrong::Other(Error::Io { step: "opening".to_owned(), source: e })
-        }
+        _ if is_of_the_process(&e) => Wrong::Other(Error::Io { step: "reading".to_owned(), source: e }),
         _ => Wrong::Contents(format!("it cannot be read: {e}")),
     }
 }
@@ -1044,27 +1035,27 @@ fn belongs(dir: Dir, name: &str) -> bool {
 }
 
 /// Reads all small files, and says what is wrong with them and what they refer to in vain.
-fn read_all(state: &mut State) {
+fn read_all(state: &mut State) -> Result<(), Error> {
     let small = |state: &State, dir| -> BTreeSet<String> {
         state.files_in(dir).map(|(name, _)| name.strip_suffix(COPY).unwrap_or(name).to_owned()).collect()
     };
-    if state.mended(&Subject::Format, Dir::Root, FORMAT, &form::format).is_none() {
+    if state.mended(&Subject::Format, Dir::Root, FORMAT, &form::format)?.is_none() {
         // Both are damaged, and named by now. What the files say they are is in their seals, too.
         let _ = write_format(state);
     }
     for name in small(state, Dir::Records) {
-        let _ = state.mended(&Subject::Record(name.clone()), Dir::Records, &name, &|_| Ok(()));
+        let _ = state.mended(&Subject::Record(name.clone()), Dir::Records, &name, &|_| Ok(()))?;
     }
     for name in small(state, Dir::Graphs) {
         let Some(number) = form::graph_number(&name) else { continue };
         // A number is never given twice, even if its graph is lost.
         state.next = state.next.max(number + 1);
         let parse = |body: &[u8]| form::graph(number, body);
-        if let Some(graph) = state.mended(&Subject::Graph(number), Dir::Graphs, &name, &parse) {
+        if let Some(graph) = state.mended(&Subject::Graph(number), Dir::Graphs, &name, &parse)? {
             state.graphs.insert(number, Arc::new(graph));
         }
     }
-    state.current = state.mended(&Subject::Current, Dir::Root, CURRENT, &form::current);
+    state.current = state.mended(&Subject::Current, Dir::Root, CURRENT, &form::current)?;
     if let Some(current) = state.current {
         state.next = state.next.max(current.number + 1);
         let subject = Subject::Graph(current.number);
@@ -1073,7 +1064,7 @@ fn read_all(state: &mut State) {
             state.found(&subject, "it is current, and missing".to_owned(), Outcome::Lost, None);
         }
     }
-    state.names = state.mended(&Subject::Names, Dir::Root, NAMES, &form::names).unwrap_or_default();
+    state.names = state.mended(&Subject::Names, Dir::Root, NAMES, &form::names)?.unwrap_or_default();
 
     let mut missing: BTreeMap<Digest, String> = BTreeMap::new();
     let names = state.names.iter().map(|(name, digest)| (*digest, name.clone()));
@@ -1090,4 +1081,5 @@ fn read_all(state: &mut State) {
         let why = format!("it is missing, and {by} refers to it");
         state.found(&Subject::Component(digest), why, Outcome::Lost, None);
     }
+    Ok(())
 }

@@ -87,6 +87,7 @@ struct World {
     lie: Option<Lie>,
     off: bool,
     read_only: bool,
+    refusal: Option<Errno>,
     chance: Chance,
 }
 
@@ -214,6 +215,7 @@ impl Simulated {
             lie: None,
             off: false,
             read_only: false,
+            refusal: None,
             chance: Chance(0),
         };
         Self(Arc::new(Mutex::new(world)))
@@ -238,6 +240,11 @@ impl Simulated {
     /// From now on nothing can be changed.
     pub(crate) fn read_only(&self) {
         self.world().read_only = true;
+    }
+
+    /// From now on this is the answer to whoever opens a file.
+    pub(crate) fn refuses_to_open(&self, errno: Option<Errno>) {
+        self.world().refusal = errno;
     }
 
     pub(crate) fn limit(&self, capacity: u64) {
@@ -392,6 +399,9 @@ impl Disk for Simulated {
     fn open(&self, dir: Dir, name: &str) -> io::Result<Box<dyn Handle>> {
         let mut world = self.world();
         world.on()?;
+        if let Some(errno) = world.refusal {
+            return Err(error(errno));
+        }
         let inode = *world.at(dir)?.cached.get(name).ok_or_else(|| error(Errno::NOENT))?;
         Ok(Box::new((self.clone(), inode)))
     }

@@ -39,6 +39,12 @@ pub(crate) fn is_full(e: &io::Error) -> bool {
     matches!(Errno::from_io_error(e), Some(Errno::NOSPC | Errno::DQUOT))
 }
 
+/// Whether this says something about the process or the machine, and nothing about the file: that must not be moved away for it.
+pub(crate) fn is_of_the_process(e: &io::Error) -> bool {
+    use Errno as E;
+    matches!(Errno::from_io_error(e), Some(E::MFILE | E::NFILE | E::NOMEM | E::ACCESS | E::PERM | E::INTR))
+}
+
 /// A file's path below the data directory, for messages.
 pub(crate) fn path(dir: Dir, name: &str) -> String {
     if dir == Dir::Root { name.to_owned() } else { format!("{}/{name}", dir.name()) }
@@ -245,7 +251,9 @@ impl State {
     }
 
     /// Moves a file out of the way, and says under which name.
-    pub(crate) fn quarantine(&mut self, dir: Dir, name: &str) -> Result<String, Error> {
+    fn quarantine(&mut self, dir: Dir, name: &str) -> Result<String, Error> {
+        // A disk that has failed says little about the file.
+        self.settled()?;
         self.serial += 1;
         let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
         let origin: String = if dir == Dir::Root { "" } else { dir.name() }.to_owned();
@@ -297,7 +305,7 @@ impl State {
     // Reading what is kept twice.
 
     /// A whole small file. `None` if there is none; words if it cannot be read or is too long.
-    fn whole(&self, dir: Dir, name: &str) -> Result<Option<Vec<u8>>, String> {
+    fn whole(&self, dir: Dir, name: &str) -> Result<Result<Option<Vec<u8>>, String>, Error> {
         let read = || -> io::Result<Vec<u8>> {
             let handle = self.disk.open(dir, name)?;
             let size = handle.size()?;
@@ -307,37 +315,46 @@ impl State {
             whole_file(&*handle, size)
         };
         match read() {
-            Ok(file) => Ok(Some(file)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e.to_string()),
+            Ok(file) => Ok(Ok(Some(file))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Ok(None)),
+            Err(e) if is_of_the_process(&e) => Err(self.failed(format!("reading {}", path(dir, name)), 0, e)),
+            Err(e) => Ok(Err(format!("it cannot be read: {e}"))),
         }
     }
 
     /// What a small file says, without changing anything: of the file and of its copy. `None` where there is none.
-    pub(crate) fn twice<T>(&self, dir: Dir, name: &str, parse: &dyn Fn(&[u8]) -> Result<T, String>) -> [Read<T>; 2] {
-        [name.to_owned(), format!("{name}{COPY}")].map(|each| {
-            let Some(file) = self.whole(dir, &each)? else { return Ok(None) };
-            let said = form::unsealed(dir, name, &file).and_then(parse)?;
-            Ok(Some((said, file)))
-        })
+    pub(crate) fn twice<T>(
+        &self,
+        dir: Dir,
+        name: &str,
+        parse: &dyn Fn(&[u8]) -> Result<T, String>,
+    ) -> Result<[Read<T>; 2], Error> {
+        let read = |each: &str| -> Result<Read<T>, Error> {
+            let said = |file: Vec<u8>| Ok((form::unsealed(dir, name, &file).and_then(parse)?, file));
+            Ok(self.whole(dir, each)?.and_then(|file| file.map(said).transpose()))
+        };
+        Ok([read(name)?, read(&format!("{name}{COPY}"))?])
     }
 
     /// What a small file says. What is wrong with it or its copy is mended from the other, if that is possible; whatever could
     /// not be done is a finding and no error, because a disk that can only be read must still be served from.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it is this process that could not read.
     pub(crate) fn mended<T>(
         &mut self,
         subject: &Subject,
         dir: Dir,
         name: &str,
         parse: &dyn Fn(&[u8]) -> Result<T, String>,
-    ) -> Option<T> {
+    ) -> Result<Option<T>, Error> {
         let copy = format!("{name}{COPY}");
-        let [main, other] = self.twice(dir, name, parse);
-        match (main, other) {
+        let [main, other] = self.twice(dir, name, parse)?;
+        Ok(match (main, other) {
             (Ok(None), Ok(None)) => None,
             (Ok(Some((said, file))), other) => {
                 match other {
-                    Ok(Some((_, same))) if same == file => return Some(said),
+                    Ok(Some((_, same))) if same == file => return Ok(Some(said)),
                     // As a power failure leaves it before the change is acknowledged.
                     Ok(_) => {}
                     Err(why) => self.found(subject, format!("its copy: {why}"), Outcome::Restored, Some((dir, &copy))),
@@ -362,7 +379,7 @@ impl State {
                 }
                 None
             }
-        }
+        })
     }
 
     /// Writes both files anew with what one of them holds.
