@@ -651,6 +651,16 @@ fn fail_once(ops: &[Op], call: u64, seed: u64, errno: Errno) -> Result<(), Strin
     recovers(&disk.survivor(seed), &before, &after, ops, seed)
 }
 
+/// Would miss, if it passed wrongly: that what was half removed looks as if it had been lost.
+#[test]
+fn what_is_removed_is_gone_or_there_whenever_the_power_fails() {
+    let appended = (0..6).map(|by| Op::Append(vec![], by));
+    let ops: Vec<Op> = [Op::Record(0, 1), Op::RemoveRecord(0), Op::Record(1, 2)].into_iter().chain(appended).collect();
+    for seed in 0..32 {
+        cut_everywhere(&ops, seed << 32, None).unwrap();
+    }
+}
+
 #[test]
 fn a_disk_that_does_not_keep_its_promises_is_found_out() {
     let ops = a_bit_of_everything();
