@@ -16,6 +16,7 @@ mod limits;
 mod memory;
 mod pages;
 mod pinned;
+mod remote;
 mod requests;
 mod run;
 mod sandbox;

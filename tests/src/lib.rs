@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use gaia_image::initramfs::seed_archive;
+use gaia_init::settings::CONTROL_PORT;
 use gaia_qemu::{Forward, Machine, MachineBuilder};
 use serde_json::{Value, json};
 
@@ -175,6 +176,7 @@ impl Appliance {
             .cpus(setup.cpus)
             .forward(Forward::to(PORT))
             .forward(Forward::to(SECURE_PORT))
+            .forward(Forward::to(CONTROL_PORT))
             .debug_channel(setup.test_image);
         Ok(Self { machine: Machine::boot(&builder)?, _seed: seed, violations_meant: AtomicBool::new(false) })
     }
@@ -217,6 +219,14 @@ impl Appliance {
     /// Never, as booted here.
     pub fn secure_port(&self) -> Result<u16> {
         Ok(self.machine.port(SECURE_PORT)?)
+    }
+
+    /// The port of this machine behind which control answers operators, if any are listed.
+    ///
+    /// # Errors
+    /// Never, as booted here.
+    pub fn control_port(&self) -> Result<u16> {
+        Ok(self.machine.port(CONTROL_PORT)?)
     }
 
     /// One `GET` on a connection of its own.
