@@ -132,8 +132,8 @@ fn who_is_listed_operates_and_who_is_not_does_not() {
     for command in [["status"].as_slice(), &["logs"], &["poweroff"]] {
         let told = stranger.fails(port, command);
         assert!(told.contains("[operators]\n") && told.contains(&stranger.key.to_string()), "{command:?}: {told}");
-        let line = appliance.line("control: refused ", ANSWER_WITHIN).unwrap();
-        assert!(line.contains(&format!("{FROM}: key {} is not an operator's", stranger.key)), "{line}");
+        let line = format!("control: refused {FROM}: key {} is not an operator's", stranger.key);
+        appliance.line(&line, ANSWER_WITHIN).unwrap();
     }
     let told = stranger.fails(port, &["trust", &stranger.key.to_string()]);
     assert!(told.contains("known_hosts:1: "), "{told}");
@@ -256,11 +256,11 @@ fn what_is_wrong_is_refused_in_bounds_and_the_branes_do_not_notice() {
     appliance.until(Duration::from_mins(1), |_| Ok(ann.on(port, &["status"])), |o| o.status.success()).unwrap();
     assert_eq!(appliance.role("control", "restarts").unwrap(), restarts);
     appliance.serves_hello().unwrap();
-    appliance.line("control: refused ", ANSWER_WITHIN).unwrap();
+    appliance.line(" more in 10 s", ANSWER_WITHIN).unwrap();
     let shown = appliance.power_off().unwrap();
-    let (lines, sums) = (shown.matches("control: refused ").count(), shown.matches(" more in 10 s").count());
-    println!("{lines} lines about refusals, {sums} of them sums");
-    assert!(lines < 60 + crowd / 100 && sums > 0, "{lines} lines, {sums} sums\n{shown}");
+    let lines = shown.matches("control: refused ").count();
+    println!("{lines} lines about refusals");
+    assert!(lines < 60 + crowd / 100, "{lines} lines\n{shown}");
 }
 
 /// The median time of an answer of `hello`, of so many or until it is over.

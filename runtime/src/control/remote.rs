@@ -10,6 +10,7 @@
 //! refusals each have their bound. The workers that serve branes are other processes and know nothing of it.
 
 use std::cell::{Cell, RefCell};
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -196,6 +197,8 @@ enum Refused {
     Slow,
     #[error("its handshake gave way to newer ones")]
     GaveWay,
+    #[error("it went away during the handshake")]
+    Left,
     #[error("key {0} is not an operator's")]
     Stranger(PublicKey),
     #[error("it does not have the key {0} that it shows: {1}")]
@@ -293,6 +296,8 @@ impl Remote {
                 Err(match (claimed, operator) {
                     (Some(key), None) => Refused::Stranger(key),
                     (Some(key), Some(_)) => Refused::Impostor(key, error.to_string()),
+                    // As one does who only looks at this appliance's key.
+                    (None, _) if has_left(&error) => Refused::Left,
                     (None, _) => Refused::NoHandshake(error.to_string()),
                 })
             }
@@ -379,6 +384,13 @@ fn network(address: IpAddr) -> IpAddr {
         IpAddr::V4(_) => address,
         IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() >> 64 << 64).into()),
     }
+}
+
+/// Whether it was the other side that ended a handshake.
+fn has_left(error: &std::io::Error) -> bool {
+    let inner = error.get_ref().and_then(|e| e.downcast_ref());
+    matches!(inner, Some(rustls::Error::AlertReceived(_)))
+        || matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset)
 }
 
 /// Takes the keys that are listed, and remembers what was shown.

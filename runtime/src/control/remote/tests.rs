@@ -253,6 +253,38 @@ fn an_appliance_with_another_key_is_an_error_with_file_and_line() {
     });
 }
 
+#[test]
+fn an_appliance_that_is_not_known_is_asked_for_its_key_and_not_told_who_asks() {
+    on_loopback(async |listener| {
+        let (remote, device, ann) = door();
+        let host = host_of(&listener);
+        let (kept, folder) = operator(&ann, &host, None);
+        let reached = async |accepted: Option<PublicKey>, says: bool| {
+            let (folder, host) = (folder.clone(), host.clone());
+            let reach = move || Operating::reach(&folder, host, accepted, |_, _| says).map(drop);
+            let (met, reached) = tokio::join!(admitted(&remote, &listener), tokio::task::spawn_blocking(reach));
+            let refused = met.map(drop).unwrap_err();
+            assert!(matches!(refused, Refused::Left), "{refused}");
+            reached.unwrap()
+        };
+        let known_hosts = kept.path().join("known_hosts");
+        let error = reached(None, false).await.unwrap_err();
+        assert!(
+            matches!(error.downcast_ref(), Some(Untrusted::Unknown { shown, .. }) if *shown == device.public()),
+            "{error}"
+        );
+        let error = reached(Some(ann.public()), true).await.unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(Untrusted::Another { .. })), "{error}");
+        assert!(!known_hosts.exists());
+        reached(Some(device.public()), false).await.unwrap();
+        let line = format!("{host} {}\n", device.public());
+        assert_eq!(std::fs::read_to_string(&known_hosts).unwrap(), line);
+        std::fs::remove_file(&known_hosts).unwrap();
+        reached(None, true).await.unwrap();
+        assert_eq!(std::fs::read_to_string(&known_hosts).unwrap(), line);
+    });
+}
+
 /// Until `future` is done, `remote` admits whoever comes, and counts its handshakes.
 async fn while_open<T>(
     remote: &Rc<Remote>,
