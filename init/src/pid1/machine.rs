@@ -24,7 +24,6 @@ const API: &str = "/run/control.sock";
 pub(crate) struct Appliance {
     report: Report,
     groups: Groups,
-    api: Option<OwnedFd>,
     watchdog: Option<Watchdog>,
     terminal: Option<OwnedFd>,
     seed: Option<OwnedFd>,
@@ -36,22 +35,12 @@ pub(crate) struct Appliance {
     /// Name servers and extra roots, as control reads them.
     dns: String,
     roots: String,
-    /// The sockets on which operators reach control, and the operators, as control reads them.
+    /// The sockets on which control is reached, with their names.
     control: Vec<(String, OwnedFd)>,
+    /// The operators, as control reads them.
     operators: String,
     /// The files of the ingress's certificate and its key, if there are any.
     secured: Option<(String, String)>,
-}
-
-/// What was opened for the roles, as far as it could be.
-pub(crate) struct Held {
-    /// The socket of control's API.
-    pub(crate) api: Option<OwnedFd>,
-    /// The sockets on which operators reach control.
-    pub(crate) control: Vec<(String, OwnedFd)>,
-    pub(crate) watchdog: Option<Watchdog>,
-    pub(crate) terminal: Option<OwnedFd>,
-    pub(crate) seed: Option<OwnedFd>,
 }
 
 impl Appliance {
@@ -59,9 +48,11 @@ impl Appliance {
         report: Report,
         settings: &Settings,
         groups: Groups,
-        opened: Held,
+        control: Vec<(String, OwnedFd)>,
+        watchdog: Option<Watchdog>,
+        terminal: Option<OwnedFd>,
+        seed: Option<OwnedFd>,
     ) -> Result<Self, rustix::io::Errno> {
-        let Held { api, control, watchdog, terminal, seed } = opened;
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let words = rustix::fs::open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             .or_else(|_| null.try_clone().map_err(|_| rustix::io::Errno::MFILE))?;
@@ -74,7 +65,6 @@ impl Appliance {
         Ok(Self {
             report,
             groups,
-            api,
             watchdog,
             terminal,
             seed,
@@ -134,7 +124,6 @@ impl Machine for Appliance {
         let mut add = |name: &str, fd: Option<&'a OwnedFd>| all.extend(fd.map(|fd| (name.to_owned(), fd.as_fd())));
         match role.kind {
             Kind::Control => {
-                add("api", self.api.as_ref());
                 add("seed", self.seed.as_ref());
                 self.control.iter().for_each(|(name, socket)| add(name, Some(socket)));
             }

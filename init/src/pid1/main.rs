@@ -30,7 +30,7 @@ use gaia_init::supervise::Supervisor;
 use gaia_init::{listeners, settings};
 use rustix::fs::{Mode, OFlags};
 
-use crate::machine::{Appliance, Held};
+use crate::machine::Appliance;
 use crate::report::Report;
 
 /// Where the archive beside the system puts the device's settings, the graph and the components.
@@ -64,7 +64,8 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     let _ = report.step("network", || network::up(&settings.network));
     let listeners = report.step("listeners", || listen(&settings.ingress, &cores));
     let api = report.step("control socket", machine::api_socket).ok();
-    let operators = report.step("operators", || operators(&settings)).unwrap_or_default();
+    let mut control = report.step("operators", || operators(&settings)).unwrap_or_default();
+    control.extend(api.map(|socket| ("api".to_owned(), socket)));
     let watchdog = report.step("watchdog", watchdog::Watchdog::open).ok().flatten();
     let terminal = report.step("console", || machine::terminal(&parameters)).ok();
     report.step("seal", mounts::seal)?;
@@ -77,8 +78,7 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     #[cfg(feature = "debug-role")]
     standing.push(Kind::Debug);
     let appliance =
-        Appliance::new(report, &settings, groups, Held { api, control: operators, watchdog, terminal, seed })
-            .map_err(|e| e.to_string())?;
+        Appliance::new(report, &settings, groups, control, watchdog, terminal, seed).map_err(|e| e.to_string())?;
     let supervisor = Supervisor::new(appliance, cores, listeners.unwrap_or_default(), &standing);
     let mut supervisor = supervisor.map_err(|e| e.to_string())?;
     let end = supervisor.run().map_err(|e| e.to_string())?;
