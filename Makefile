@@ -21,6 +21,8 @@ PORT     ?= 8080
 URL_PATH ?= /hello
 MEMORY   ?= 512
 CPUS     ?= 2
+# The machine's disk, made once and kept over runs; empty for a machine without one.
+DATA     ?= out/data.img
 # Not empty: the machine reaches this machine's network. What branes may reach of it, the graph says.
 ONLINE   ?=
 
@@ -76,7 +78,7 @@ help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
 	@echo '  Variables of make run: GRAPH=$(GRAPH) CONFIG=$(CONFIG)'
-	@echo '                         PORT=$(PORT) URL_PATH=$(URL_PATH) MEMORY=$(MEMORY) (MiB) CPUS=$(CPUS) ONLINE=$(ONLINE)'
+	@echo '                         PORT=$(PORT) URL_PATH=$(URL_PATH) MEMORY=$(MEMORY) (MiB) CPUS=$(CPUS) ONLINE=$(ONLINE) DATA=$(DATA)'
 
 .PHONY: setup
 setup: ## install what is missing to build, run, check and measure
@@ -88,9 +90,9 @@ ready:
 	@image/setup.sh run
 
 .PHONY: run
-run: ready image out/seed.cpio ## boot the appliance in QEMU with GRAPH and CONFIG, its port 8080 at PORT
+run: ready image out/seed.cpio $(DATA) ## boot the appliance in QEMU with GRAPH and CONFIG, its port 8080 at PORT
 	@out/bin/gaia-qemu run --kernel out/bzImage --initrd out/initramfs.zst --initrd out/seed.cpio \
-		--append "$$(< image/cmdline)" $(if $(ONLINE),--online) \
+		--append "$$(< image/cmdline)" $(if $(ONLINE),--online) $(if $(DATA),--data '$(DATA)') \
 		--forward $(PORT):8080 --memory $(MEMORY) --cpus $(CPUS) --url-path $(URL_PATH)
 
 .PHONY: test
@@ -238,6 +240,12 @@ out/initramfs-test.zst: out/bin/gaia-init-debug out/bin/gaia out/bin/gaia-debug 
 .PHONY: out/interfaces
 out/interfaces:
 	@cargo run $(FLAGS) -q -p gaia-interfaces -- $@
+
+# Made where it is missing, and never again: it holds what the appliance keeps. So it does not matter which tool is newer.
+ifneq ($(DATA),)
+$(DATA): | out/bin/gaia-image
+	@out/bin/gaia-image disk --out '$@' --size 1GiB
+endif
 
 out/seed.cpio: always $(BRANES) out/bin/gaia-image
 	@out/bin/gaia-image seed --dir out/branes --config $(CONFIG) --graph $(GRAPH) --out $@

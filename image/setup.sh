@@ -25,6 +25,7 @@ readonly PACKAGES_RUN=(
     zstd              # packs the kernel
     musl-tools        # musl-gcc: C parts of Rust crates for the appliance
     qemu-system-x86   # the machine it runs on
+    e2fsprogs         # mke2fs makes its data disk
 )
 # No libssl-dev: the kernel signs nothing and holds no certificate. No cpio, pahole or kmod: the initramfs is written by
 # gaia-image, and there is neither BTF nor a module.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use gaia_image::cpio::{Entry, Kind};
+use gaia_image::disk::{self, Disk};
 use gaia_image::initramfs::{base, list, seed_archive};
 use gaia_image::kernel::{Builder, Progress, SOURCE, cache_dir, check_config};
 
@@ -66,6 +67,18 @@ enum Part {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
+    /// Make a data disk: a sparse file with an ext4 file system labelled gaia-data
+    Disk {
+        /// Its size, as 1GiB or 512MiB
+        #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = disk::size)]
+        size: u64,
+        /// Give it an identity of its own, for a device; otherwise the same size gives the same bytes
+        #[arg(long)]
+        random: bool,
+        /// The file to make; one that is there is left alone
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
     /// List the entries of an initramfs, a seed archive, or both in one file
     List {
         /// The file
@@ -104,6 +117,12 @@ fn run(part: Part) -> anyhow::Result<()> {
             let bytes = seed_archive(seed_files(dir.as_deref(), config, graph, file)?)?;
             write_artefact(&out, &bytes)?;
             report("seed", &out, bytes.len(), start.elapsed());
+            Ok(())
+        }
+        Part::Disk { size, random, out } => {
+            let start = Instant::now();
+            Disk { size, random }.make(&out)?;
+            report("data disk", &out, usize::try_from(size)?, start.elapsed());
             Ok(())
         }
         Part::List { file } => {

@@ -41,7 +41,7 @@ pub use accel::{Accel, Qemu, Version};
 pub use console::{Console, Follower, Line};
 pub use debug::DebugChannel;
 pub use error::{Error, Tail};
-pub use machine::{Machine, MachineBuilder};
+pub use machine::{Drive, Machine, MachineBuilder};
 pub use net::{Forward, Net, UserNet};
 pub use process::Exit;
 pub use qmp::{Event, Qmp, ShutdownReason};

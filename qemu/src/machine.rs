@@ -45,9 +45,59 @@ pub struct MachineBuilder {
     exit_on_reboot: bool,
     debug_channel: bool,
     paused: bool,
+    drives: Vec<Drive>,
     transcript: Option<PathBuf>,
     accel: Option<Accel>,
     args: Vec<OsString>,
+}
+
+/// A disk of the machine, on virtio: the first is the guest's `/dev/vda`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drive(Backing);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Backing {
+    File(PathBuf),
+    Nbd(PathBuf),
+}
+
+impl Drive {
+    /// A file with the disk's bytes. What the guest has flushed is on this machine's disk; no second machine may use it at
+    /// the same time, which QEMU sees to.
+    pub fn file(path: impl Into<PathBuf>) -> Self {
+        Self(Backing::File(path.into()))
+    }
+
+    /// A server of the NBD protocol that listens on this Unix socket, its export without a name. The guest's flushes are the
+    /// server's, and without the server the guest's requests wait for ever.
+    pub fn nbd(socket: impl Into<PathBuf>) -> Self {
+        Self(Backing::Nbd(socket.into()))
+    }
+
+    /// Makes its path absolute: QEMU runs in a directory of its own.
+    fn locate(&mut self) -> Result<(), Error> {
+        match &mut self.0 {
+            Backing::File(path) => *path = readable("disk", path)?,
+            Backing::Nbd(path) => {
+                let absolute = std::path::absolute(&*path);
+                *path = absolute.map_err(|source| Error::File { role: "disk", path: path.clone(), source })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn argv(&self, number: usize) -> [String; 4] {
+        // A comma ends a value in QEMU's options unless it is doubled.
+        let escaped = |path: &Path| path.to_string_lossy().replace(',', ",,");
+        let backing = match &self.0 {
+            Backing::File(path) => format!("file.driver=file,file.filename={}", escaped(path)),
+            Backing::Nbd(path) => {
+                format!("file.driver=nbd,file.server.type=unix,file.server.path={}", escaped(path))
+            }
+        };
+        let drive = format!("{backing},format=raw,if=none,cache=writeback,id=disk{number}");
+        ["-drive".into(), drive, "-device".into(), format!("virtio-blk-pci,drive=disk{number}")]
+    }
 }
 
 impl Default for MachineBuilder {
@@ -64,6 +114,7 @@ impl Default for MachineBuilder {
             exit_on_reboot: true,
             debug_channel: false,
             paused: false,
+            drives: Vec::new(),
             transcript: None,
             accel: None,
             args: Vec::new(),
@@ -152,6 +203,12 @@ impl MachineBuilder {
         self
     }
 
+    /// Adds a disk.
+    pub fn drive(mut self, drive: Drive) -> Self {
+        self.drives.push(drive);
+        self
+    }
+
     /// Writes everything the console prints to this file, from its beginning.
     pub fn transcript(mut self, file: impl Into<PathBuf>) -> Self {
         self.transcript = Some(file.into());
@@ -202,6 +259,10 @@ impl MachineBuilder {
         let network = self.net.argv();
         add(&network.iter().map(String::as_str).collect::<Vec<_>>());
         add(&["-device", "virtio-rng-pci"]);
+        for (number, drive) in self.drives.iter().enumerate() {
+            let drive = drive.argv(number);
+            add(&drive.each_ref().map(String::as_str));
+        }
         if self.watchdog {
             add(&["-device", "i6300esb", "-action", "watchdog=reset"]);
         }
@@ -309,6 +370,8 @@ impl Machine {
         let dir = process::private_dir()?;
         let kernel = builder.kernel.as_deref().map(|path| readable("kernel", path)).transpose()?;
         let initrd = initrd(&builder.initrds, dir.path())?;
+        let mut builder = builder.clone();
+        builder.drives.iter_mut().try_for_each(Drive::locate)?;
         let transcript = builder.transcript.as_deref().map(|path| {
             File::create(path).map_err(|source| Error::File { role: "transcript", path: path.to_owned(), source })
         });
@@ -542,6 +605,8 @@ mod tests {
             .forward(Forward::to(8080))
             .forward(Forward { host: 2222, guest: 22 })
             .debug_channel(true)
+            .drive(Drive::file("/d,isk"))
+            .drive(Drive::nbd("/n"))
             .args(["-name", "gaia"]);
         let golden = "\
 -nodefaults
@@ -564,6 +629,10 @@ mod tests {
 -netdev user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:0-:8080,hostfwd=tcp:127.0.0.1:2222-:22
 -device virtio-net-pci,netdev=net0,romfile=
 -device virtio-rng-pci
+-drive file.driver=file,file.filename=/d,,isk,format=raw,if=none,cache=writeback,id=disk0
+-device virtio-blk-pci,drive=disk0
+-drive file.driver=nbd,file.server.type=unix,file.server.path=/n,format=raw,if=none,cache=writeback,id=disk1
+-device virtio-blk-pci,drive=disk1
 -device i6300esb
 -action watchdog=reset
 -no-reboot

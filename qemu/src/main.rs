@@ -12,7 +12,7 @@ mod terminal;
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser, Subcommand};
-use gaia_qemu::{Accel, Console, Error, Exit, Forward, Machine, MachineBuilder, Qemu, ShutdownReason};
+use gaia_qemu::{Accel, Console, Drive, Error, Exit, Forward, Machine, MachineBuilder, Qemu, ShutdownReason};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::{self, BufRead, Read, Write};
@@ -78,6 +78,9 @@ struct Run {
     /// What the machine prints once it serves.
     #[arg(long, value_name = "PATTERN", default_value = "gaia: serving")]
     ready: String,
+    /// A file for the machine's disk, as `gaia-image disk` makes it; what the appliance keeps over restarts is there.
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
     /// A file for everything the machine prints.
     #[arg(long)]
     transcript: Option<PathBuf>,
@@ -189,6 +192,9 @@ fn boot(options: &Run) -> Result<Machine> {
     }
     for forward in &options.forward {
         builder = builder.forward(*forward);
+    }
+    if let Some(data) = &options.data {
+        builder = builder.drive(Drive::file(data));
     }
     if let Some(transcript) = &options.transcript {
         builder = builder.transcript(transcript);

@@ -207,9 +207,16 @@ fn descriptors(role: &str) -> &'static [&'static str] {
             "/memfd:",
             "/sys/fs/cgroup/workers/",
         ],
-        "control" => {
-            &["/dev/null", "/dev/kmsg", "socket:", "anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/memfd:", "/seed"]
-        }
+        "control" => &[
+            "/dev/null",
+            "/dev/kmsg",
+            "socket:",
+            "anon_inode:[eventpoll]",
+            "anon_inode:[eventfd]",
+            "/memfd:",
+            "/seed",
+            "/data/control",
+        ],
         "console" => &["/dev/ttyS0", "socket:", "anon_inode:[eventpoll]", "anon_inode:[eventfd]"],
         // A role without a table: none of its descriptors is what it should be.
         _ => &[],

@@ -12,9 +12,10 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use gaia_image::disk::{Disk, SMALLEST};
 use gaia_image::initramfs::seed_archive;
 use gaia_init::settings::CONTROL_PORT;
-use gaia_qemu::{Forward, Machine, MachineBuilder};
+use gaia_qemu::{Drive, Forward, Machine, MachineBuilder};
 use serde_json::{Value, json};
 
 /// The port that the tests' `gaia.toml` names.
@@ -46,6 +47,32 @@ pub fn out(name: &str) -> PathBuf {
     std::path::absolute(&relative).unwrap_or(relative)
 }
 
+/// An empty data disk of 64 MiB in a file that goes with the value.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn data_disk() -> Result<tempfile::TempPath> {
+    let path = tempfile::Builder::new().prefix("gaia-data-").tempfile()?.into_temp_path();
+    // A disk is never made over a file that is there.
+    std::fs::remove_file(&path)?;
+    Disk { size: SMALLEST, random: false }.make(&path)?;
+    Ok(path)
+}
+
+/// What `e2fsck` says of a file system that it is not to repair, and whether it was clean: nothing wrong, and nothing left in
+/// its journal.
+///
+/// # Errors
+/// If it cannot be run.
+pub fn fsck(disk: &Path) -> Result<(bool, String)> {
+    let found = ["/usr/sbin/e2fsck", "/sbin/e2fsck"].into_iter().find(|program| Path::new(program).exists());
+    let output = std::process::Command::new(found.unwrap_or("e2fsck")).arg("-fn").arg(disk).output()?;
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    // Without leave to write it skips the journal, and says so.
+    let clean = output.status.success() && !said.contains("journal");
+    Ok((clean, said))
+}
+
 /// What to boot.
 #[derive(Debug, Clone)]
 pub struct Setup {
@@ -54,13 +81,14 @@ pub struct Setup {
     files: Vec<(String, Vec<u8>)>,
     cpus: u32,
     memory_mib: u32,
+    data: Vec<Drive>,
     test_image: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let (graph, settings, files) = (Some(HELLO.into()), SETTINGS.into(), Vec::new());
-        Self { graph, settings, files, cpus: 2, memory_mib: 512, test_image: true }
+        Self { graph, settings, files, cpus: 2, memory_mib: 512, data: Vec::new(), test_image: true }
     }
 }
 
@@ -104,6 +132,13 @@ impl Setup {
     #[must_use]
     pub fn memory_mib(mut self, mib: u32) -> Self {
         self.memory_mib = mib;
+        self
+    }
+
+    /// With this disk, after those that were named before: a file that [`data_disk`] made, or whatever else a test wants to find there.
+    #[must_use]
+    pub fn data(mut self, drive: Drive) -> Self {
+        self.data.push(drive);
         self
     }
 
@@ -178,6 +213,7 @@ impl Appliance {
             .forward(Forward::to(SECURE_PORT))
             .forward(Forward::to(CONTROL_PORT))
             .debug_channel(setup.test_image);
+        let builder = setup.data.iter().cloned().fold(builder, MachineBuilder::drive);
         Ok(Self { machine: Machine::boot(&builder)?, _seed: seed, violations_meant: AtomicBool::new(false) })
     }
 
@@ -336,6 +372,22 @@ impl Appliance {
     /// What the machine says.
     pub fn secure_bits(&self, user: u32) -> Result<String> {
         Ok(self.debug(&json!({ "spawn": user }))?.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// What a program says that does as this user what control's store does, in the sandbox of a role.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn keeps(&self, role: &str, user: u32) -> Result<String> {
+        Ok(self.debug(&json!({ "keep": role, "user": user }))?.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Waits until a file or a folder's names are on the disk.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn sync(&self, path: &str) -> Result<()> {
+        self.debug(&json!({ "sync": path })).map(drop)
     }
 
     /// A number that control lists about a running role: `pid`, `millis`, `restarts`.

@@ -13,6 +13,7 @@ use rustix::process::Resource;
 use rustix::termios::{ControlModes, InputModes, LocalModes, OptionalActions};
 
 use crate::cgroups::Groups;
+use crate::data;
 use crate::kernel::Parameters;
 use crate::report::{Failure, Report};
 use crate::watchdog::Watchdog;
@@ -20,13 +21,21 @@ use crate::watchdog::Watchdog;
 /// Where control's API listens for the console.
 const API: &str = "/run/control.sock";
 
+/// What control is handed open.
+pub(crate) struct Folders {
+    /// The graph and its components, to read.
+    pub(crate) seed: Option<OwnedFd>,
+    /// Its own folder on the data disk, to keep what outlives it.
+    pub(crate) data: Option<OwnedFd>,
+}
+
 /// The machine and what init holds of it.
 pub(crate) struct Appliance {
     report: Report,
     groups: Groups,
     watchdog: Option<Watchdog>,
     terminal: Option<OwnedFd>,
-    seed: Option<OwnedFd>,
+    folders: Folders,
     null: OwnedFd,
     /// Where roles without a terminal write: the kernel's log. One open file for all of them, so a limit for each open
     /// file would be one for all: the command line has `printk.devkmsg=on`, and each role limits itself.
@@ -51,7 +60,7 @@ impl Appliance {
         control: Vec<(String, OwnedFd)>,
         watchdog: Option<Watchdog>,
         terminal: Option<OwnedFd>,
-        seed: Option<OwnedFd>,
+        folders: Folders,
     ) -> Result<Self, rustix::io::Errno> {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let words = rustix::fs::open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
@@ -67,7 +76,7 @@ impl Appliance {
             groups,
             watchdog,
             terminal,
-            seed,
+            folders,
             null,
             words,
             console_mode,
@@ -81,8 +90,12 @@ impl Appliance {
 }
 
 impl Appliance {
-    /// Shows what is left to be shown, before the machine ends.
+    /// Ends the data disk in order, and shows what is left to be shown, before the machine ends.
     pub(crate) fn finish(&mut self) {
+        self.folders.data = None;
+        if let Err(why) = data::close() {
+            self.report.say(why);
+        }
         self.report.finish();
     }
 }
@@ -124,7 +137,8 @@ impl Machine for Appliance {
         let mut add = |name: &str, fd: Option<&'a OwnedFd>| all.extend(fd.map(|fd| (name.to_owned(), fd.as_fd())));
         match role.kind {
             Kind::Control => {
-                add("seed", self.seed.as_ref());
+                add("seed", self.folders.seed.as_ref());
+                add("data", self.folders.data.as_ref());
                 self.control.iter().for_each(|(name, socket)| add(name, Some(socket)));
             }
             Kind::Worker | Kind::Keeper => {

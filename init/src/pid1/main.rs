@@ -10,6 +10,7 @@
 //! What it reads that others wrote is listed in the library's top comment.
 
 mod cgroups;
+mod data;
 mod kernel;
 mod machine;
 mod mounts;
@@ -30,7 +31,7 @@ use gaia_init::supervise::Supervisor;
 use gaia_init::{listeners, settings};
 use rustix::fs::{Mode, OFlags};
 
-use crate::machine::Appliance;
+use crate::machine::{Appliance, Folders};
 use crate::report::Report;
 
 /// Where the archive beside the system puts the device's settings, the graph and the components.
@@ -66,10 +67,13 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     let api = report.step("control socket", machine::api_socket).ok();
     let mut control = report.step("operators", || operators(&settings)).unwrap_or_default();
     control.extend(api.map(|socket| ("api".to_owned(), socket)));
+    // Before the watchdog, which nobody feeds meanwhile: a long journal is no hang.
+    let data = report.step("data", data::open).ok().flatten();
     let watchdog = report.step("watchdog", watchdog::Watchdog::open).ok().flatten();
     let terminal = report.step("console", || machine::terminal(&parameters)).ok();
     report.step("seal", mounts::seal)?;
     let seed = rustix::fs::open(SEED, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty()).ok();
+    let folders = Folders { seed, data };
 
     let mut standing = vec![Kind::Control];
     if terminal.is_some() && settings.console.mode != ConsoleMode::Off {
@@ -78,7 +82,7 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     #[cfg(feature = "debug-role")]
     standing.push(Kind::Debug);
     let appliance =
-        Appliance::new(report, &settings, groups, control, watchdog, terminal, seed).map_err(|e| e.to_string())?;
+        Appliance::new(report, &settings, groups, control, watchdog, terminal, folders).map_err(|e| e.to_string())?;
     let supervisor = Supervisor::new(appliance, cores, listeners.unwrap_or_default(), &standing);
     let mut supervisor = supervisor.map_err(|e| e.to_string())?;
     let end = supervisor.run().map_err(|e| e.to_string())?;

@@ -10,6 +10,8 @@ use nix::sys::reboot::{RebootMode, reboot};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::data;
+
 /// What happens when PID 1 cannot go on: `gaia.on_failure=` on the kernel command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u8)]
@@ -47,7 +49,9 @@ pub(crate) fn fail(why: &str) -> ! {
 
 /// Flushes what can be flushed and ends the machine.
 pub(crate) fn end(end: End) -> ! {
-    rustix::fs::sync();
+    // Whoever said why it ends has said enough: with the roles still there this may not be possible, and the journal is
+    // there for that.
+    let _ = data::close();
     let mode = match end {
         End::PowerOff => RebootMode::RB_POWER_OFF,
         End::Reboot => RebootMode::RB_AUTOBOOT,

@@ -172,6 +172,7 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>) -> anyhow::R
     let seed = descriptors.take("seed").ok();
     let files = seed.as_ref().map(certificate::Files::from_environment).transpose()?.flatten();
     let source = seed.map(deploy::Source::from_environment);
+    // The folder on the data disk; a machine without one, and `gaia run`, have none.
     let api = descriptors.take("api").ok();
     let (vault, findings) = match data.map(|data| vault::Vault::open(&data)) {
         None => (None, Vec::new()),

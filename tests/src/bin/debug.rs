@@ -4,11 +4,13 @@
 //! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"write": "/run/x", "text": "y"}`,
 //! `{"clock": 1000000000}` in seconds since 1970, whose answer is what it was, `{"kill": 77, "signal": 9}`,
 //! `{"spawn": 1000}` for what a process of that user says of its secure bits,
-//! `{"ask": "GET /v1/status"}` of control's API, `{"hostile": "worker"}` for what `gaia-hostile` says. The answer is `{"ok": …}` or `{"error": "…"}`.
+//! `{"keep": "control", "user": 100}` for what one says of keeping files on the data disk in the sandbox of a role, `{"sync": "/data"}` once that is on
+//! the disk, `{"ask": "GET /v1/status"}` of control's API, `{"hostile": "worker"}` for what `gaia-hostile` says. The answer is `{"ok": …}` or `{"error": "…"}`.
 
+use std::ffi::CStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -87,7 +89,14 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
         return Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into());
     }
     if let Some(user) = request.get("spawn").and_then(Value::as_u64) {
-        return spawned(u32::try_from(user)?);
+        return spawned(u32::try_from(user)?, &[c"gaia-hostile", c"bits"], Vec::new());
+    }
+    if let (Some(role), Some(user)) = (text("keep"), request.get("user").and_then(Value::as_u64)) {
+        return kept(role, u32::try_from(user)?);
+    }
+    if let Some(path) = text("sync") {
+        fs::File::open(path).and_then(|file| file.sync_all()).with_context(|| path.to_owned())?;
+        return Ok(Value::Null);
     }
     if let Some(what) = text("ask") {
         return ask(what);
@@ -95,22 +104,31 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
     anyhow::bail!("not a request: {request}")
 }
 
-/// What `gaia-hostile bits` says, started as init starts a role that is this user's.
-fn spawned(user: u32) -> anyhow::Result<Value> {
+/// What `gaia-hostile` says of keeping files on the data disk in the sandbox of a role, started as init starts control: as
+/// this user, with control's folder as `data`.
+fn kept(role: &str, user: u32) -> anyhow::Result<Value> {
+    let folder = fs::File::open("/data/control").context("/data/control")?;
+    let role = std::ffi::CString::new(role)?;
+    spawned(user, &[c"gaia-hostile", c"keep", &role], vec![("data".into(), folder.as_fd())])
+}
+
+/// What `gaia-hostile` says, started as init starts a role that is this user's.
+fn spawned(user: u32, arguments: &[&CStr], descriptors: Vec<(String, BorrowedFd<'_>)>) -> anyhow::Result<Value> {
     use rustix::process::{WaitOptions, waitpid};
     let said = "/run/gaia-debug-said";
     let (null, file) = (fs::File::open("/dev/null")?, fs::File::create(said)?);
     let command = gaia_init::spawn::Command {
         program: c"/bin/gaia-hostile",
-        arguments: &[c"gaia-hostile", c"bits"],
+        arguments,
         environment: Vec::new(),
-        descriptors: Vec::new(),
+        descriptors,
         stdio: [null.as_fd(), file.as_fd(), file.as_fd()],
         confinement: gaia_init::spawn::Confinement { user: Some(user), ..Default::default() },
     };
     let pid = command.start()?;
-    waitpid(Pid::from_raw(pid), WaitOptions::empty())?;
-    let text = fs::read_to_string(said)?;
+    let ended = waitpid(Pid::from_raw(pid), WaitOptions::empty())?;
+    let signal = ended.and_then(|(_, status)| status.terminating_signal());
+    let text = fs::read_to_string(said)? + &signal.map(|s| format!("ended by signal {s}\n")).unwrap_or_default();
     fs::remove_file(said)?;
     Ok(text.into())
 }

@@ -4,6 +4,7 @@
 //! Without arguments it tries everything and prints one line for each act: role, act, what came of it. It fails if an act
 //! that must not succeed did, or one that must succeed did not. With a role it tries that one alone. With `layers` it tries
 //! everything with each layer of the sandboxes alone, the others off, and prints a table of what that layer stops by itself.
+//! With `keep` and a role it does what control's store does in the folder that it was handed.
 //! With `bits` it says which secure bits it was started with. With a role, layers, an act, two addresses and a folder it is the process of that act.
 
 use std::collections::BTreeSet;
@@ -11,7 +12,7 @@ use std::ffi::CString;
 use std::io::IoSlice;
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt as _;
@@ -91,6 +92,9 @@ struct Prepared {
     page: *mut libc::c_void,
     /// A folder of the parent's with a file `victim`.
     folder: PathBuf,
+    /// That folder and that file, open.
+    held: std::fs::File,
+    victim: std::fs::File,
     /// A socket that listens, and two that are connected.
     listener: TcpListener,
     channel: (UnixStream, UnixStream),
@@ -158,6 +162,38 @@ const ACTS: &[Act] = &[
             call(libc::SYS_chmod, &[path.as_ptr() as i64, 0o600])
         },
     },
+    // With the calls that control keeps its files with, in a folder that is not control's.
+    Act {
+        name: "make a file in an open folder",
+        permitted: &[],
+        attempt: |p| {
+            let flags = i64::from(libc::O_CREAT | libc::O_WRONLY);
+            call(libc::SYS_openat, &[p.held.as_raw_fd().into(), c"new".as_ptr() as i64, flags, 0o600])
+        },
+    },
+    Act {
+        name: "make a folder in an open folder",
+        permitted: &[],
+        attempt: |p| call(libc::SYS_mkdirat, &[p.held.as_raw_fd().into(), c"new".as_ptr() as i64, 0o700]),
+    },
+    Act {
+        name: "remove a file of an open folder",
+        permitted: &[],
+        attempt: |p| call(libc::SYS_unlinkat, &[p.held.as_raw_fd().into(), c"victim".as_ptr() as i64, 0]),
+    },
+    Act {
+        name: "move a file of an open folder",
+        permitted: &[],
+        attempt: |p| {
+            let held = i64::from(p.held.as_raw_fd());
+            call(libc::SYS_renameat, &[held, c"victim".as_ptr() as i64, held, c"new".as_ptr() as i64])
+        },
+    },
+    Act {
+        name: "change the mode of an open file",
+        permitted: &[],
+        attempt: |p| call(libc::SYS_fchmod, &[p.victim.as_raw_fd().into(), 0o600]),
+    },
     // A kind that no kernel has: whoever may mount is told so.
     Act {
         name: "mount",
@@ -187,7 +223,7 @@ const ACTS: &[Act] = &[
     Act { name: "clone3", permitted: &[], attempt: |_| call(libc::SYS_clone3, &[0, 0]) },
     Act {
         name: "start a thread",
-        permitted: &["starting"],
+        permitted: &["control", "starting"],
         attempt: |_| io(std::thread::Builder::new().spawn(|| ()).map(|t| drop(t.join()))),
     },
     Act { name: "kill its parent", permitted: &[], attempt: |p| call(libc::SYS_kill, &[i64::from(p.parent), 0]) },
@@ -522,6 +558,13 @@ fn main() -> ExitCode {
     match arguments.as_slice() {
         // Whoever was run by an act.
         ["ran"] => ExitCode::from(DONE),
+        ["keep", role] => ExitCode::from(keeps(role).map_or_else(
+            |e| {
+                say(&format!("{role}: {e}"));
+                BROKEN
+            },
+            |()| DONE,
+        )),
         ["bits"] => ExitCode::from(secure_bits().map_or(BROKEN, |()| DONE)),
         [role, layers, act, stranger, friend, folder] => {
             ExitCode::from(try_one(role, layers, act, [stranger, friend], folder).unwrap_or(BROKEN))
@@ -560,7 +603,9 @@ fn try_one(role: &str, layers: &str, name: &str, addresses: [&str; 2], folder: &
     let terminal = std::fs::File::options().read(true).write(true).open("/dev/ptmx").ok();
     let listener = TcpListener::bind("127.0.0.1:0").and_then(|l| l.set_nonblocking(true).map(|()| l)).ok()?;
     let channel = UnixStream::pair().ok()?;
-    let prepared = Prepared { stranger, friend, parent, terminal, page, folder: folder.into(), listener, channel };
+    let folder = PathBuf::from(folder);
+    let (held, victim) = (std::fs::File::open(&folder).ok()?, std::fs::File::open(folder.join("victim")).ok()?);
+    let prepared = Prepared { stranger, friend, parent, terminal, page, folder, held, victim, listener, channel };
     if let Err(e) = entered(role, layers, friend.port()) {
         let _ = std::io::stderr().write_all(format!("{role}: {e}\n").as_bytes());
         return Some(NOT_TRIED);
@@ -572,6 +617,74 @@ fn try_one(role: &str, layers: &str, name: &str, addresses: [&str; 2], folder: &
             REFUSED
         }
     })
+}
+
+/// What control's store does, in the sandbox of a role, beneath the folder that was handed down as `data`: all of it on a
+/// thread of its own. Started as init starts a role.
+fn keeps(role: &str) -> Result<(), String> {
+    let mut descriptors = gaia_init::descriptors::Descriptors::inherit().map_err(|e| e.to_string())?;
+    let folder = descriptors.take("data").map_err(|e| e.to_string())?;
+    // Some port: none is connected to.
+    entered(role, Layers::Landlock, 53)?;
+    entered(role, Layers::Seccomp, 53)?;
+    let kept = || keep(&folder).map_err(|(what, e)| format!("{what}: {e}"));
+    let thread = std::thread::Builder::new().name("store".into());
+    let kept = std::thread::scope(|scope| match thread.spawn_scoped(scope, kept) {
+        Ok(store) => store.join().unwrap_or_else(|_| Err("a panic".into())),
+        Err(e) => Err(format!("a thread: {e}")),
+    })?;
+    say(&format!("{role} keeps {kept}"));
+    Ok(())
+}
+
+/// Each call once that a store needs, and what a store must not be able to do.
+fn keep(folder: &OwnedFd) -> Result<String, (&'static str, rustix::io::Errno)> {
+    use rustix::fs::{self as f, AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags};
+    let at = |what: &'static str| move |e| (what, e);
+    let (rw, dir) =
+        (OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC, OFlags::DIRECTORY | OFlags::CLOEXEC);
+    let mode = Mode::RUSR | Mode::WUSR;
+    f::flock(folder, FlockOperation::NonBlockingLockExclusive).map_err(at("flock"))?;
+    f::mkdirat(folder, "hostile", Mode::RWXU).map_err(at("mkdirat"))?;
+    let own = f::openat(folder, "hostile", dir, Mode::empty()).map_err(at("openat of a folder"))?;
+    let file = f::openat(&own, "new", rw, mode).map_err(at("openat to make a file"))?;
+    f::fallocate(&file, FallocateFlags::empty(), 0, 8192).map_err(at("fallocate"))?;
+    rustix::io::write(&file, b"written").map_err(at("write"))?;
+    rustix::io::pwrite(&file, b"W", 0).map_err(at("pwrite"))?;
+    f::ftruncate(&file, 7).map_err(at("ftruncate"))?;
+    f::fdatasync(&file).map_err(at("fdatasync"))?;
+    f::fsync(&file).map_err(at("fsync"))?;
+    f::fchmod(&file, Mode::RUSR).map_err(at("fchmod"))?;
+    f::renameat(&own, "new", &own, "whole").map_err(at("renameat"))?;
+    f::mkdirat(&own, "deep", Mode::RWXU).map_err(at("mkdirat"))?;
+    let deep = f::openat(&own, "deep", dir, Mode::empty()).map_err(at("openat of a folder"))?;
+    f::renameat_with(&own, "whole", &deep, "whole", RenameFlags::NOREPLACE).map_err(at("renameat2"))?;
+    f::fsync(&deep).map_err(at("fsync of a folder"))?;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let again = f::openat2(&own, "deep/whole", flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS);
+    let again = again.map_err(at("openat2"))?;
+    let mut read = [0; 16];
+    let length = rustix::io::read(&again, &mut read).map_err(at("read"))?;
+    rustix::io::pread(&again, &mut read[8..], 0).map_err(at("pread"))?;
+    f::seek(&again, f::SeekFrom::Start(0)).map_err(at("lseek"))?;
+    let size = f::fstat(&again).map_err(at("fstat"))?.st_size;
+    f::statat(&own, "deep/whole", AtFlags::SYMLINK_NOFOLLOW).map_err(at("fstatat"))?;
+    f::statx(&own, "deep", AtFlags::empty(), f::StatxFlags::BASIC_STATS).map_err(at("statx"))?;
+    f::fstatfs(folder).map_err(at("fstatfs"))?;
+    let names = f::Dir::read_from(&deep).map_err(at("getdents"))?.flatten().count();
+    let refused = [
+        f::openat(folder, "../../dev/null", flags, Mode::empty()).map(drop),
+        f::openat(folder, "..", dir, Mode::empty()).map(drop),
+        f::openat(folder, "../new", rw, mode).map(drop),
+        f::renameat(&deep, "whole", folder, "../whole"),
+    ];
+    f::unlinkat(&deep, "whole", AtFlags::empty()).map_err(at("unlinkat"))?;
+    f::unlinkat(&own, "deep", AtFlags::REMOVEDIR).map_err(at("unlinkat of a folder"))?;
+    f::unlinkat(folder, "hostile", AtFlags::REMOVEDIR).map_err(at("unlinkat of a folder"))?;
+    f::fsync(folder).map_err(at("fsync of a folder"))?;
+    let text = String::from_utf8_lossy(&read[..length]).into_owned();
+    let came_out = refused.iter().filter(|result| result.is_ok()).count();
+    Ok(format!("{text:?} of {size} bytes among {names} names, and {came_out} of {} ways lead out", refused.len()))
 }
 
 /// A role's sandbox, and what its graph grants.
