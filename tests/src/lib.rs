@@ -4,6 +4,7 @@
 //! boots is what `make image test-image` put into `out/`.
 
 pub mod http;
+pub mod nbd;
 pub mod workstation;
 
 use std::path::{Path, PathBuf};
