@@ -383,6 +383,14 @@ impl Appliance {
         Ok(self.debug(&json!({ "keep": role, "user": user }))?.as_str().unwrap_or_default().to_owned())
     }
 
+    /// Waits until what is in a file was sent to the disk, which is not told to flush it.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn send(&self, path: &str) -> Result<()> {
+        self.debug(&json!({ "begin": path })).map(drop)
+    }
+
     /// Waits until a file or a folder's names are on the disk.
     ///
     /// # Errors

@@ -43,6 +43,7 @@ pub const SECTOR: usize = 512;
 const MOST: u32 = 32 << 20;
 /// The most that an option of the handshake may bring, in bytes: a name and a list of numbers.
 const MOST_OPTION: u32 = 8192;
+
 /// Numbers from a seed: the constants of `SplitMix64` (Steele, Lea, Flood 2014).
 #[derive(Debug)]
 struct Chance(u64);
@@ -521,7 +522,7 @@ mod tests {
             bytes in proptest::collection::vec(any::<u8>(), 0..200),
             greeted in any::<bool>(),
             kind in 0..8_u16,
-            (flags, offset, length) in (any::<u16>(), 0..2 * SIZE as u64, 0..2 * SIZE as u32),
+            (flags, offset, length) in (any::<u16>(), 0..2 * SIZE as u64, 0..65_536_u32),
         ) {
             let medium = Mutex::new(Medium::new(vec![0; SIZE]));
             let hello = if greeted { [hello(), sent(kind, flags, offset, length, &[])].concat() } else { hello()[..4].to_vec() };
@@ -542,15 +543,19 @@ mod tests {
                 match kind {
                     0 => {
                         medium.flush();
-                        may.iter_mut().for_each(|versions| drop(versions.drain(..versions.len() - 1)));
+                        for versions in &mut may {
+                            versions.drain(..versions.len() - 1);
+                        }
                     }
                     1 => {
                         medium.write(at * SECTOR, vec![mark; (end - at) * SECTOR], true);
-                        may[at..end].iter_mut().for_each(|versions| *versions = vec![mark]);
+                        may[at..end].fill(vec![mark]);
                     }
                     _ => {
                         medium.write(at * SECTOR, vec![mark; (end - at) * SECTOR], false);
-                        may[at..end].iter_mut().for_each(|versions| versions.push(mark));
+                        for versions in &mut may[at..end] {
+                            versions.push(mark);
+                        }
                     }
                 }
                 for (sector, versions) in medium.current.chunks(SECTOR).zip(&may) {

@@ -5,12 +5,12 @@
 //! `{"clock": 1000000000}` in seconds since 1970, whose answer is what it was, `{"kill": 77, "signal": 9}`,
 //! `{"spawn": 1000}` for what a process of that user says of its secure bits,
 //! `{"keep": "control", "user": 100}` for what one says of keeping files on the data disk in the sandbox of a role, `{"sync": "/data"}` once that is on
-//! the disk, `{"ask": "GET /v1/status"}` of control's API, `{"hostile": "worker"}` for what `gaia-hostile` says. The answer is `{"ok": …}` or `{"error": "…"}`.
+//! the disk, `{"begin": "/data/x"}` once it was sent there and not flushed, `{"ask": "GET /v1/status"}` of control's API, `{"hostile": "worker"}` for what `gaia-hostile` says. The answer is `{"ok": …}` or `{"error": "…"}`.
 
 use std::ffi::CStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -93,6 +93,15 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
     }
     if let (Some(role), Some(user)) = (text("keep"), request.get("user").and_then(Value::as_u64)) {
         return kept(role, u32::try_from(user)?);
+    }
+    if let Some(path) = text("begin") {
+        use nix::libc::{SYNC_FILE_RANGE_WAIT_AFTER, SYNC_FILE_RANGE_WRITE, sync_file_range};
+        let file = fs::File::open(path).with_context(|| path.to_owned())?;
+        // SAFETY: a descriptor that is open, and numbers.
+        let done =
+            unsafe { sync_file_range(file.as_raw_fd(), 0, 0, SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER) };
+        anyhow::ensure!(done == 0, "{path}: {}", std::io::Error::last_os_error());
+        return Ok(Value::Null);
     }
     if let Some(path) = text("sync") {
         fs::File::open(path).and_then(|file| file.sync_all()).with_context(|| path.to_owned())?;
