@@ -328,8 +328,8 @@ pub struct Supervisor<M> {
     current: Option<Generation>,
     next: Option<Generation>,
     incoming: Option<Generation>,
-    /// The generation that serves, if control is not told so yet: old workers may still accept.
-    untold: Option<u32>,
+    /// The generation that serves, and the line that says so, as long as they are not told: old workers may still accept.
+    untold: Option<(u32, String)>,
     numbers: Numbers,
     tickets: Tickets,
     /// Last sign of life of any worker.
@@ -782,18 +782,19 @@ impl<M: Machine> Supervisor<M> {
         let mut ports: Vec<&str> = self.listeners.iter().filter_map(|l| l.name.split('-').nth(1)).collect();
         ports.dedup();
         let _ = write!(line, ", listening on port {}", ports.join(", "));
-        self.machine.say(&line);
-        self.untold = Some(number);
+        self.untold = Some((number, line));
         self.tell_serving();
     }
 
-    /// Tells control that the generation serves, once it alone does: whoever connects from then on meets no other.
+    /// Tells that the generation serves, once it alone does: whoever connects from then on meets no other. Control first, so that it
+    /// knows before anybody reads the line and asks.
     fn tell_serving(&mut self) {
         if self.children.iter().any(|c| c.phase == Phase::Draining && c.accepts) {
             return;
         }
-        if let Some(generation) = self.untold.take() {
+        if let Some((generation, line)) = self.untold.take() {
             self.tell_control(&ToControl::Serving { generation }, &[]);
+            self.machine.say(&line);
         }
     }
 
@@ -1432,11 +1433,27 @@ mod tests {
     struct Recorder {
         said: Vec<String>,
         null: OwnedFd,
+        /// Control's end, to see what it had been told when a line was said.
+        control: Option<OwnedFd>,
+        told: Vec<String>,
+    }
+
+    impl Recorder {
+        fn new() -> Self {
+            let null = std::fs::File::open("/dev/null").unwrap().into();
+            Self { said: Vec::new(), null, control: None, told: Vec::new() }
+        }
     }
 
     impl Machine for Recorder {
         fn say(&mut self, line: &str) {
             self.said.push(line.to_owned());
+            if let Some(control) = &self.control {
+                let mut text = [0; wire::MAX_MESSAGE];
+                let length =
+                    rustix::net::recv(control, &mut text, rustix::net::RecvFlags::PEEK).map_or(0, |(length, _)| length);
+                self.told.push(String::from_utf8_lossy(&text[..length]).into_owned());
+            }
         }
         fn show(&mut self) -> bool {
             false
@@ -1458,9 +1475,8 @@ mod tests {
 
     /// A supervisor without seats that takes a process of this test for one of its children, and its channel's far end.
     fn supervising(kind: Kind) -> (Supervisor<Recorder>, std::process::Child, OwnedFd) {
-        let null = std::fs::File::open("/dev/null").unwrap().into();
         let cores = Cores { housekeeping: vec![0], workers: vec![] };
-        let mut supervisor = Supervisor::new(Recorder { said: Vec::new(), null }, cores, Vec::new(), &[]).unwrap();
+        let mut supervisor = Supervisor::new(Recorder::new(), cores, Vec::new(), &[]).unwrap();
         let process = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let (near, far) = wire::pair().unwrap();
         rustix::io::ioctl_fionbio(&near, true).unwrap();
@@ -1557,9 +1573,8 @@ mod tests {
 
     #[test]
     fn a_keeper_whose_brane_is_the_same_has_its_place_in_the_next_generation() {
-        let null = std::fs::File::open("/dev/null").unwrap().into();
         let cores = Cores { housekeeping: vec![0], workers: vec![] };
-        let mut supervisor = Supervisor::new(Recorder { said: Vec::new(), null }, cores, Vec::new(), &[]).unwrap();
+        let mut supervisor = Supervisor::new(Recorder::new(), cores, Vec::new(), &[]).unwrap();
         let mut deployed = |generation: Generation| {
             let keepers = supervisor.keepers_for(&generation).unwrap();
             let shown: Vec<_> = keepers.iter().map(|k| (k.brane.clone(), k.replica, k.slot, k.generation)).collect();
@@ -1578,6 +1593,19 @@ mod tests {
         assert_eq!(deployed(asked(3, &[("a", 1, "z")])), [a(1, 4, 2)], "one less is the last one less");
         assert_eq!(deployed(asked(4, &[("a", 1, "y")])), [a(1, 0, 4)], "a place that is free again");
         assert_eq!(deployed(asked(5, &[])), []);
+    }
+
+    /// Would miss: whoever reads the line and asks control, which does not know of it yet.
+    #[test]
+    fn control_is_told_that_a_generation_serves_before_the_line_is_said() {
+        let (mut supervisor, mut process, far) = supervising(Kind::Control);
+        supervisor.machine.control = Some(far);
+        supervisor.next = Some(asked(1, &[]));
+        supervisor.cut_over_when_ready();
+        assert!(supervisor.machine.said[0].starts_with("serving generation 1: "), "{:?}", supervisor.machine.said);
+        assert_eq!(supervisor.machine.told[0], "serving 1");
+        process.kill().unwrap();
+        process.wait().unwrap();
     }
 
     #[test]
@@ -1634,7 +1662,7 @@ mod tests {
             supervisor.children.extend(other.children);
             let old = supervisor.children[1].pid;
             supervisor.children[1].accepts = true;
-            supervisor.untold = Some(7);
+            supervisor.untold = Some((7, String::new()));
             supervisor.drain(old);
             supervisor.tell_serving();
             wire::send(&from_worker, &FromWorker::Beat, &[]).unwrap();

@@ -40,6 +40,14 @@ impl Channel {
         }
     }
 
+    /// Takes the next message if there is one, and does not wait.
+    ///
+    /// # Errors
+    /// As [`wire::receive`].
+    pub fn receive_now<M: Message>(&self) -> Result<(M, Vec<OwnedFd>), wire::Error> {
+        wire::receive(self.0.get_ref())
+    }
+
     /// Sends one message, waiting for room.
     ///
     /// # Errors

@@ -1,9 +1,12 @@
 //! `gaia run`: a graph on a workstation, and its log. These need no virtual machine.
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use gaia_tests::http;
 use gaia_tests::workstation::{Folder, Run, kib};
+use rustix::process::{Pid, Signal};
 
 const HELLO: &str = "[brane.hello]\nimage = \"file:./hello.wasm\"\n";
 
@@ -78,6 +81,55 @@ fn watching_it_deploys_what_changes_and_keeps_what_serves_when_that_is_wrong() {
     assert!(run.interrupt().unwrap().success());
 }
 
+/// Would miss: a line that says what control does not know yet, however late control comes to it.
+#[test]
+fn whoever_reads_that_a_generation_serves_finds_its_branes() {
+    let folder = Folder::with(HELLO).unwrap();
+    let run = folder.run(&["--watch"]).unwrap().serving().unwrap();
+    let roles = run.ask("status").unwrap()["roles"].as_array().unwrap().clone();
+    let control = roles.iter().find(|role| role["name"] == "control").unwrap()["pid"].as_i64().unwrap();
+    let control = Pid::from_raw(i32::try_from(control).unwrap()).unwrap();
+    // A conversation that has begun: control need not accept it first, and has it in hand as soon as it wakes.
+    let mut api = UnixStream::connect(run.socket()).unwrap();
+    let mut names = |before_reading: &dyn Fn()| {
+        api.write_all(b"GET /v1/ps HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        before_reading();
+        let mut answer = Vec::new();
+        let body = loop {
+            let mut piece = [0; 4096];
+            let read = api.read(&mut piece).unwrap();
+            assert!(read > 0, "{}", String::from_utf8_lossy(&answer));
+            answer.extend_from_slice(&piece[..read]);
+            let text = String::from_utf8_lossy(&answer);
+            let body = text.split_once("\r\n\r\n").and_then(|(_, body)| serde_json::from_str(body).ok());
+            if let Some(body) = body {
+                break body;
+            }
+        };
+        let ps: serde_json::Value = body;
+        let branes = ps["branes"].as_array().unwrap().iter().map(|brane| brane["name"].as_str().unwrap().to_owned());
+        branes.collect::<Vec<_>>()
+    };
+    assert_eq!(names(&|| {}), ["hello"], "at the first moment");
+    for generation in 2..12 {
+        let name = format!("hello{generation}");
+        folder.write(&HELLO.replace("hello]", &format!("{name}]"))).unwrap();
+        // Held from before its workers are ready, where they are seen to start, until it has been asked: then it wakes to both.
+        let starts = || {
+            let status = run.ask("status").unwrap();
+            let roles = status["roles"].as_array().unwrap();
+            roles.iter().any(|role| role["name"] == "worker@0" && role["state"] == "starting")
+                || status["generation"] == generation
+        };
+        while !starts() {}
+        rustix::process::kill_process(control, Signal::STOP).unwrap();
+        run.error.line(&format!("serving generation {generation}:")).unwrap();
+        let names = names(&|| rustix::process::kill_process(control, Signal::CONT).unwrap());
+        assert_eq!(names, [name]);
+    }
+    assert!(run.interrupt().unwrap().success());
+}
+
 /// Would miss: roles that outlive a launcher that was killed.
 #[test]
 fn nothing_is_left_of_it_when_it_is_killed() {
@@ -126,8 +178,7 @@ fn latencies(run: &Run, times: usize, meanwhile: &str, beside: usize) -> Vec<Dur
         let busy = |run: &Run| {
             let branes = run.ask("ps").unwrap()["branes"].as_array().unwrap().clone();
             let name = meanwhile.trim_start_matches('/').split('?').next().unwrap().to_owned();
-            // Control may not have heard yet that it serves.
-            branes.iter().find(|b| b["name"] == name.as_str()).map_or(0, |b| b["busy"].as_u64().unwrap())
+            branes.iter().find(|b| b["name"] == name.as_str()).unwrap()["busy"].as_u64().unwrap()
         };
         let deadline = Instant::now() + Duration::from_secs(20);
         while busy(run) < beside as u64 {

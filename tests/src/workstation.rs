@@ -178,9 +178,14 @@ impl Run {
     /// # Errors
     /// If it does not answer.
     pub fn ask(&self, what: &str) -> Result<Value> {
-        let socket = self.folder.join(format!("gaia-run-{}/control.sock", self.child.id()));
-        let output = Command::new(out("bin/gaia")).arg("--api").arg(socket).args(["--json", what]).output()?;
+        let output = Command::new(out("bin/gaia")).arg("--api").arg(self.socket()).args(["--json", what]).output()?;
         serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// Where its API listens.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join(format!("gaia-run-{}/control.sock", self.child.id()))
     }
 
     /// A number that `ps` knows of a brane.
@@ -200,12 +205,11 @@ impl Run {
     pub fn until(&self, brane: &str, what: &str, wanted: impl Fn(u64) -> bool) -> Result<u64> {
         let deadline = Instant::now() + ANSWER_WITHIN;
         loop {
-            match self.of(brane, what) {
-                Ok(now) if wanted(now) => return Ok(now),
-                Ok(now) => ensure!(Instant::now() < deadline, "{what} of {brane} is {now}"),
-                // Control learns that a generation serves a moment after init has said so.
-                Err(e) => ensure!(Instant::now() < deadline, "{e:#}"),
+            let now = self.of(brane, what)?;
+            if wanted(now) {
+                return Ok(now);
             }
+            ensure!(Instant::now() < deadline, "{what} of {brane} is {now}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }

@@ -132,6 +132,7 @@ async fn audited(control: Rc<Control>, caller: Rc<Caller>, request: Request<Inco
 
 /// The one place where a method and a path become what is done. Who asks for it may do all of it.
 async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incoming>) -> Answer {
+    control.init.catch_up(&control);
     match (request.method(), request.uri().path()) {
         (&Method::POST, "/v1/components") => return delivery::push(&control, &caller, request).await,
         (&Method::POST, "/v1/plan") => return delivery::deploy(control, caller, request, false).await,

@@ -278,7 +278,6 @@ pub(super) async fn start(control: &Control, planned: Planned) -> anyhow::Result
         plan.branes.iter().any(|brane| brane.digest == *digest && brane.reservation == *reservation)
     };
     control.compiled.borrow_mut().retain(|of, _| needed(of));
-    *control.plan.borrow_mut() = Some(plan);
     control.forget_plans();
     Ok(())
 }

@@ -107,6 +107,19 @@ impl Init {
         }
     }
 
+    /// Hears what init has said until now, without waiting for more. Whoever saw a line of init's and asks about it then gets an
+    /// answer that is as new, because init tells control first.
+    pub(super) fn catch_up(&self, control: &Rc<Control>) {
+        loop {
+            match self.channel.receive_now::<ToControl>() {
+                Ok((message, files)) => self.heard(control, message, files),
+                Err(e @ (wire::Error::Unknown(_) | wire::Error::Malformed)) => say(&format!("from init: {e}")),
+                // An end is seen by whoever listens.
+                Err(_) => return,
+            }
+        }
+    }
+
     fn heard(&self, control: &Rc<Control>, message: ToControl, files: Vec<OwnedFd>) {
         let mut files = files.into_iter();
         match message {
@@ -133,7 +146,10 @@ impl Init {
                     let _ = sender.send(Err(reason));
                 }
             }
-            ToControl::Serving { generation } => self.started(generation, Ok(())),
+            ToControl::Serving { generation } => {
+                control.serves(generation);
+                self.started(generation, Ok(()));
+            }
             ToControl::Failed { generation, reason } => self.started(generation, Err(reason)),
             ToControl::Exited { role, pid, cause } => control.process_ended(pid, &role, &cause),
             ToControl::Role { name, pid, restarts, millis, state, sandbox, .. } => {

@@ -172,7 +172,6 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>) -> anyhow::R
     let seed = descriptors.take("seed").ok();
     let files = seed.as_ref().map(certificate::Files::from_environment).transpose()?.flatten();
     let source = seed.map(deploy::Source::from_environment);
-    // The folder on the data disk; a machine without one, and `gaia run`, have none.
     let api = descriptors.take("api").ok();
     let (vault, findings) = match data.map(|data| vault::Vault::open(&data)) {
         None => (None, Vec::new()),
@@ -294,6 +293,13 @@ impl Control {
     /// Workers among whom a graph's replicas are divided.
     fn workers_asked(&self) -> u32 {
         u32::try_from(self.cores.get()).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// This generation serves from now on.
+    fn serves(&self, generation: u32) {
+        if let Some(plan) = self.plans.borrow().get(&generation) {
+            *self.plan.borrow_mut() = Some(Rc::clone(plan));
+        }
     }
 
     /// Shows a line on the console.
