@@ -21,6 +21,7 @@
 
 pub mod cores;
 pub mod descriptors;
+pub mod given;
 pub mod key;
 pub mod lines;
 pub mod listeners;

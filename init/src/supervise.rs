@@ -30,6 +30,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, WaitStatus};
 
 use crate::cores::{Cores, list};
+use crate::given::{self, Given, Process};
 use crate::listeners::{Listener, listen_again};
 use crate::roles::{Kind, Restart, Role};
 use crate::sandbox::{self, Demand};
@@ -112,6 +113,10 @@ pub trait Machine {
             End::PowerOff => "going down: power off",
             End::Reboot => "going down: reboot",
         }
+    }
+    /// Where the cgroup of a worker core is, if there is one.
+    fn group_of_core(&self, _: usize) -> Option<String> {
+        None
     }
     /// What becomes of a role whose sandbox this kernel cannot close whole.
     fn demand(&self) -> Demand {
@@ -504,6 +509,11 @@ impl<M: Machine> Supervisor<M> {
                 self.introduce();
             }
             FromControl::Roles => self.list_roles(),
+            FromControl::Cores => {
+                let file = toml::to_string(&self.given()).ok().and_then(|text| in_memory("cores", &text).ok());
+                let files: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+                self.tell_control(&ToControl::Cores, &files);
+            }
             FromControl::Compile { ticket } => self.queue_for_compiler(ticket),
             FromControl::Say { line } => self.machine.relay(&wire::one_line(&line)),
             FromControl::PowerOff => self.end(End::PowerOff),
@@ -589,6 +599,37 @@ impl<M: Machine> Supervisor<M> {
             role(name, 0, 0, seat.restarts, wait, "waiting", "none");
         }
         self.tell_control(&ToControl::End, &[]);
+    }
+
+    /// What the kernel gave the cores, now.
+    fn given(&self) -> Given {
+        let enforced = self.cores.workers.iter().any(|core| self.machine.group_of_core(*core).is_some());
+        let process = |child: &Child| {
+            let (home, here) = (Some(self.cores.housekeeping.clone()), |core| Some(vec![core]));
+            let (main, others) = match child.kind {
+                Kind::Worker => (child.number.and_then(here), home),
+                Kind::Keeper => (child.number.and_then(|slot| self.cores.of_keeper(slot)).and_then(here), home),
+                // What holds these is the cgroup.
+                _ if enforced => (home.clone(), home),
+                _ => (None, None),
+            };
+            Process { role: child.name(), pid: child.pid, main, others }
+        };
+        // One that starts is still on its way to where it will be.
+        let there = self.children.iter().filter(|child| child.phase != Phase::Starting);
+        let processes: Vec<_> = there.map(process).collect();
+        Given::read(&given::Running, &self.cores, |core| self.machine.group_of_core(core), &processes)
+    }
+
+    /// Says what the kernel gave the cores, if it is not simply that all share them.
+    fn say_what_was_given(&mut self) {
+        let given = self.given();
+        if given.enforced || !given.deviations.is_empty() {
+            self.machine.say(&format!("cores: {}", given.line()));
+        }
+        for deviation in &given.deviations {
+            self.machine.say(&format!("cores: {deviation}"));
+        }
     }
 
     fn queue_for_compiler(&mut self, ticket: u32) {
@@ -755,7 +796,7 @@ impl<M: Machine> Supervisor<M> {
         if workers.len() < self.cores.workers.len() || keepers.len() < wanted {
             return;
         }
-        let took = next.since.elapsed();
+        let (took, is_first) = (next.since.elapsed(), self.current.is_none());
         let old: Vec<i32> = self.serving_workers().map(|c| c.pid).collect();
         for pid in old {
             self.drain(pid);
@@ -784,6 +825,9 @@ impl<M: Machine> Supervisor<M> {
         let _ = write!(line, ", listening on port {}", ports.join(", "));
         self.untold = Some((number, line));
         self.tell_serving();
+        if is_first {
+            self.say_what_was_given();
+        }
     }
 
     /// Tells that the generation serves, once it alone does: whoever connects from then on meets no other. Control first, so that it
@@ -1299,6 +1343,14 @@ fn is_alive(pid: i32) -> bool {
 fn key() -> Result<OwnedFd, rustix::io::Errno> {
     use rustix::fs::MemfdFlags;
     rustix::fs::memfd_create("key", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+}
+
+/// A text in a file in memory.
+fn in_memory(name: &str, text: &str) -> std::io::Result<OwnedFd> {
+    let file = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = std::fs::File::from(file);
+    std::io::Write::write_all(&mut file, text.as_bytes())?;
+    Ok(file.into())
 }
 
 /// Shared memory of a fixed size that neither side can shrink or grow.

@@ -60,6 +60,8 @@ pub enum FromControl {
     },
     /// Asks for all roles: answered by one [`ToControl::Role`] each and [`ToControl::End`].
     Roles,
+    /// Asks what the kernel gave the cores: answered by [`ToControl::Cores`].
+    Cores,
     /// I am well.
     Beat,
     /// A line for the console.
@@ -171,6 +173,9 @@ pub enum ToControl {
         /// What holds it, as the supervisor sees it: `whole`, `partly`, `none`, or what is missing: `no-seccomp.no-user`.
         sandbox: String,
     },
+    /// One descriptor beside it: a file with [`crate::given::Given`] in TOML, as it is at this moment. None, if there was no memory
+    /// for it.
+    Cores,
     /// The list is complete.
     End,
 }
@@ -285,6 +290,7 @@ impl Message for FromControl {
                 },
                 "start" => Self::Start { generation: w.number()? },
                 "roles" => Self::Roles,
+                "cores" => Self::Cores,
                 "beat" => Self::Beat,
                 "say" => Self::Say { line: w.rest() },
                 "poweroff" => Self::PowerOff,
@@ -306,6 +312,7 @@ impl fmt::Display for FromControl {
             }
             Self::Start { generation } => write!(f, "start {generation}"),
             Self::Roles => f.write_str("roles"),
+            Self::Cores => f.write_str("cores"),
             Self::Beat => f.write_str("beat"),
             Self::Say { line } => write!(f, "say {}", one_line(line)),
             Self::PowerOff => f.write_str("poweroff"),
@@ -351,6 +358,7 @@ impl Message for ToControl {
                     state: w.name()?,
                     sandbox: w.name()?,
                 },
+                "cores" => Self::Cores,
                 "end" => Self::End,
                 _ => return None,
             })
@@ -379,6 +387,7 @@ impl fmt::Display for ToControl {
             Self::Role { name, pid, generation, restarts, millis, state, sandbox } => {
                 write!(f, "role {name} {pid} {generation} {restarts} {millis} {state} {sandbox}")
             }
+            Self::Cores => f.write_str("cores"),
             Self::End => f.write_str("end"),
         }
     }
@@ -538,6 +547,7 @@ mod tests {
             C::Keepers { generation: 2, name: "counter".into(), replicas: 3, identity: "0f".repeat(32) },
             C::Start { generation: 2 },
             C::Roles,
+            C::Cores,
             C::Beat,
             C::Say { line: "no graph".into() },
             C::PowerOff,
@@ -565,6 +575,7 @@ mod tests {
                 state: "up".into(),
                 sandbox: "no-seccomp.no-user".into(),
             },
+            T::Cores,
             T::End,
         ] {
             survives(&m);

@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
+use gaia_init::given::{Fires, Interrupt};
 use gaia_store::{Digest, Reference};
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -17,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use crate::control::log::Query;
-use crate::control::report::{Done, Failed, Graphs, Line, Ps, Pushed, Status, Step};
+use crate::control::report::{Done, Failed, Given, Graphs, Line, Ps, Pushed, Status, Step};
 use crate::remote::{Folder, Remote};
 
 /// Where the appliance's control listens.
@@ -343,6 +344,43 @@ pub fn status_text(s: &Status) -> String {
         let name = format!("worker@{}", w.core);
         let _ =
             writeln!(out, "{name:<12} {:>10} {:>10} {:>8} {:>10} B", w.accepted, w.requests, w.inside, w.output_bytes);
+    }
+    out.push_str(&s.cores.as_ref().map(cores_text).unwrap_or_default());
+    out
+}
+
+/// What the kernel gave the cores, as a person reads it. Where all share them, the counts of each core's interrupts mean little.
+fn cores_text(given: &Given) -> String {
+    let mut out = format!("\ncores    {}\n", given.line());
+    for deviation in &given.deviations {
+        let _ = writeln!(out, "differs  {deviation}");
+    }
+    if given.shared {
+        return out;
+    }
+    let _ = writeln!(
+        out,
+        "{:<6} {:<12} {:<10} {:>10} {:>8}  INTERRUPTS SINCE THE BOOT",
+        "CORE", "PARTITION", "CPUS", "TICKS", "CALLS"
+    );
+    for core in &given.cores {
+        let one = |i: &Interrupt| {
+            let place = match i.fires {
+                Fires::Here => "",
+                Fires::Once => " (goes after one more)",
+                Fires::Elsewhere => " (gone)",
+            };
+            format!("{} {}: {}{place}", i.number, i.name, i.count)
+        };
+        let interrupts: Vec<_> = core.interrupts.iter().map(one).collect();
+        let interrupts = if interrupts.is_empty() { "none".to_owned() } else { interrupts.join(", ") };
+        let word = |of: &Option<String>| of.clone().unwrap_or_else(|| "-".into());
+        let (partition, effective) = (word(&core.partition), word(&core.effective));
+        let _ = writeln!(
+            out,
+            "{:<6} {partition:<12} {effective:<10} {:>10} {:>8}  {interrupts}",
+            core.core, core.ticks, core.calls
+        );
     }
     out
 }

@@ -324,6 +324,14 @@ impl Appliance {
         self.debug(&json!({ "write": path, "text": text })).map(drop)
     }
 
+    /// Mounts a second `/proc` inside, which can be written to.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn mount_proc(&self, path: &str) -> Result<()> {
+        self.debug(&json!({ "proc": path })).map(drop)
+    }
+
     /// Sets the clock inside, in seconds since 1970, and returns what it was.
     ///
     /// # Errors

@@ -68,6 +68,11 @@ impl Groups {
         std::iter::once(self.workers.as_fd()).chain(own).collect()
     }
 
+    /// Where the cgroup of a worker core is.
+    pub(crate) fn folder_of_core(&self, core: usize) -> String {
+        format!("{ROOT}/workers/core-{core}")
+    }
+
     /// Makes the tree and says what the kernel made of it.
     pub(crate) fn make(cores: &Cores, memory: u64) -> Result<(Self, String), Failure> {
         let home = list(&cores.housekeeping);

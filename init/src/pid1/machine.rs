@@ -173,6 +173,10 @@ impl Machine for Appliance {
         }
     }
 
+    fn group_of_core(&self, core: usize) -> Option<String> {
+        Some(self.groups.folder_of_core(core))
+    }
+
     fn pet(&mut self) {
         if let Some(watchdog) = &self.watchdog {
             watchdog.pet();

@@ -190,7 +190,8 @@ async fn end(control: &Control, how: FromControl, words: &str) -> Answer {
 }
 
 async fn status(control: &Control) -> anyhow::Result<Status> {
-    let mut roles = control.init.roles().await?;
+    let (roles, cores) = tokio::join!(control.init.roles(), control.init.given());
+    let mut roles = roles?;
     // Who started when says nothing: init first, then by name.
     roles.sort_by(|a, b| (a.name != "init", &a.name).cmp(&(b.name != "init", &b.name)));
     let worker = |w: &Rc<super::Worker>| {
@@ -226,6 +227,7 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
         lost: past.lost,
         workers,
         memory: memory(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()),
+        cores: cores.ok(),
         words: control.words.borrow().clone(),
     })
 }

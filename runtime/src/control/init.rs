@@ -6,11 +6,15 @@ use std::io::Write as _;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
+use gaia_init::given::Given;
 use gaia_init::wire::{self, FromControl, ToControl};
 use tokio::sync::oneshot;
 
 use super::{Control, Runs};
-use crate::channel::Channel;
+use crate::channel::{Channel, read_whole};
+
+/// What init may have to say about the cores, in bytes: of a machine with 256 cores and 4,000 interrupts, some hundred thousand.
+const MAX_GIVEN: u64 = 8 << 20;
 
 /// What init found when control asked what is there.
 #[derive(Debug, Default)]
@@ -52,11 +56,19 @@ pub(super) struct Init {
     listings: RefCell<std::collections::VecDeque<Listing>>,
     compilers: RefCell<HashMap<u32, oneshot::Sender<Result<OwnedFd, String>>>>,
     starting: RefCell<HashMap<u32, oneshot::Sender<Result<(), String>>>>,
+    /// Who asked for the cores, in the order asked.
+    cores: RefCell<std::collections::VecDeque<oneshot::Sender<OwnedFd>>>,
 }
 
 impl Init {
     pub(super) fn new(channel: Channel) -> Self {
-        Self { channel, listings: RefCell::default(), compilers: RefCell::default(), starting: RefCell::default() }
+        Self {
+            channel,
+            listings: RefCell::default(),
+            compilers: RefCell::default(),
+            starting: RefCell::default(),
+            cores: RefCell::default(),
+        }
     }
 
     /// Sends and forgets. That init is gone is noticed by whoever listens.
@@ -77,6 +89,15 @@ impl Init {
         self.channel.send(&FromControl::Roles, &[]).await?;
         self.listings.borrow_mut().push_back(Listing::Roles(Vec::new(), sender));
         Ok(answer.await?)
+    }
+
+    /// What the kernel gave the cores, as init reads it now.
+    pub(super) async fn given(&self) -> anyhow::Result<Given> {
+        let (sender, answer) = oneshot::channel();
+        self.channel.send(&FromControl::Cores, &[]).await?;
+        self.cores.borrow_mut().push_back(sender);
+        let text = String::from_utf8(read_whole(answer.await?, MAX_GIVEN)?)?;
+        Ok(toml::from_str(&text)?)
     }
 
     /// A fresh compiler's channel.
@@ -155,6 +176,11 @@ impl Init {
             ToControl::Role { name, pid, restarts, millis, state, sandbox, .. } => {
                 if let Some(Listing::Roles(roles, _)) = self.listings.borrow_mut().front_mut() {
                     roles.push(Role { name, pid, restarts, millis, state, sandbox });
+                }
+            }
+            ToControl::Cores => {
+                if let (Some(asker), Some(file)) = (self.cores.borrow_mut().pop_front(), files.next()) {
+                    let _ = asker.send(file);
                 }
             }
             ToControl::End => match self.listings.borrow_mut().pop_front() {

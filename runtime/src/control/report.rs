@@ -11,6 +11,7 @@ use crate::log::text::line;
 
 pub use super::init::Role;
 pub use crate::worker::conversation::Instance;
+pub use gaia_init::given::Given;
 
 /// `GET /v1/status`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +39,8 @@ pub struct Status {
     pub lost: u64,
     /// The machine's memory.
     pub memory: Memory,
+    /// What the kernel gave the cores; none if init could not tell.
+    pub cores: Option<Given>,
     /// What the last deploy failed with or warned about.
     pub words: Vec<String>,
 }

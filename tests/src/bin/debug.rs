@@ -3,7 +3,7 @@
 //! One JSON object on each line of the virtio-serial port `gaia.debug`, one on each line back:
 //! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"write": "/run/x", "text": "y"}`,
 //! `{"clock": 1000000000}` in seconds since 1970, whose answer is what it was, `{"kill": 77, "signal": 9}`,
-//! `{"spawn": 1000}` for what a process of that user says of its secure bits,
+//! `{"proc": "/run/proc"}` to mount there a second `/proc`, which can be written to, `{"spawn": 1000}` for what a process of that user says of its secure bits,
 //! `{"keep": "control", "user": 100}` for what one says of keeping files on the data disk in the sandbox of a role, `{"sync": "/data"}` once that is on
 //! the disk, `{"begin": "/data/x"}` once it was sent there and not flushed, `{"ask": "GET /v1/status"}` of control's API, `{"hostile": "worker"}` for what `gaia-hostile` says. The answer is `{"ok": …}` or `{"error": "…"}`.
 
@@ -82,6 +82,12 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no process id")?;
         let signal = i32::try_from(signal).ok().and_then(signal_of).context("no signal")?;
         kill_process(pid, signal)?;
+        return Ok(Value::Null);
+    }
+    if let Some(path) = text("proc") {
+        fs::create_dir(path).with_context(|| path.to_owned())?;
+        let (nothing, flags) = (None::<&str>, nix::mount::MsFlags::empty());
+        nix::mount::mount(nothing, path, Some("proc"), flags, nothing).with_context(|| path.to_owned())?;
         return Ok(Value::Null);
     }
     if let Some(role) = text("hostile") {
