@@ -13,13 +13,13 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::PrivateKeyDer;
 
 /// A page as `OpenAlex` sends it.
-const PAGE: &str = r#"{"meta":{"count":7},"results":[{"id":"W1","title":"one"}]}"#;
+pub(crate) const PAGE: &str = r#"{"meta":{"count":7},"results":[{"id":"W1","title":"one"}]}"#;
 /// What a log line may take.
 const LINE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A server on the loopback, and how many connections it has had.
-struct Server {
-    port: u16,
+pub(crate) struct Server {
+    pub(crate) port: u16,
     connections: Arc<AtomicUsize>,
 }
 
@@ -50,12 +50,12 @@ fn head(stream: &mut impl std::io::Read) -> String {
 }
 
 /// An answer after which the connection ends: nothing of it is kept for the next request.
-fn answer(status: &str, body: &str) -> String {
+pub(crate) fn answer(status: &str, body: &str) -> String {
     format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
 }
 
 /// A server that answers every request with this.
-fn web(answer: String) -> Server {
+pub(crate) fn web(answer: String) -> Server {
     server(move |mut stream| {
         head(&mut stream);
         let _ = stream.write_all(answer.as_bytes());
@@ -113,14 +113,14 @@ fn reply(query: &[u8], zone: &Zone, asked: &mut HashMap<Vec<u8>, usize>) -> Vec<
 }
 
 /// A brane that fetches, with this allowlist.
-fn fetching(name: &str, allowlist: &[&str]) -> String {
+pub(crate) fn fetching(name: &str, allowlist: &[&str]) -> String {
     format!(
         "[brane.{name}]\nimage = \"file:./cloud-fetch.wasm\"\nlimits = {{ deadline = \"20s\" }}\n\
          [brane.{name}.capability]\n\"net.http\" = {{ allowlist = {allowlist:?} }}\n\n"
     )
 }
 
-fn encoded(text: &str) -> String {
+pub(crate) fn encoded(text: &str) -> String {
     text.bytes().map(|b| if b.is_ascii_alphanumeric() { char::from(b).into() } else { format!("%{b:02X}") }).collect()
 }
 

@@ -61,19 +61,19 @@ limits = { deadline = "500ms" }
 "clock" = { resolution = "ms" }
 "#;
 
-fn block<T>(work: impl Future<Output = T>) -> T {
+pub(crate) fn block<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(work)
 }
 
 /// One HTTP/2 connection, and how it ends.
-struct Client {
+pub(crate) struct Client {
     requests: SendRequest<Bytes>,
     over: JoinHandle<Result<(), h2::Error>>,
 }
 
 impl Client {
-    async fn of(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Self {
+    pub(crate) async fn of(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Self {
         let mut builder = h2::client::Builder::new();
         // Room for all streams together, so that it is each stream's own that runs out; and no more streams than a server
         // must take before it has said how many it does.
@@ -82,7 +82,7 @@ impl Client {
         Self { requests, over: tokio::spawn(connection) }
     }
 
-    async fn connect(port: u16) -> Self {
+    pub(crate) async fn connect(port: u16) -> Self {
         Self::of(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap()).await
     }
 
@@ -92,7 +92,7 @@ impl Client {
     }
 
     /// One request without a body, and its whole answer.
-    async fn get(&self, path: &str) -> Result<Answer, h2::Error> {
+    pub(crate) async fn get(&self, path: &str) -> Result<Answer, h2::Error> {
         let (answer, _) = self.ask(get(path), true).await;
         whole(timeout(WITHIN, answer).await.unwrap()?).await
     }
@@ -106,14 +106,14 @@ fn post(path: &str) -> Request<()> {
     Request::post(format!("http://appliance{path}")).version(Version::HTTP_2).body(()).unwrap()
 }
 
-struct Answer {
+pub(crate) struct Answer {
     status: StatusCode,
     body: Vec<u8>,
     trailers: Option<HeaderMap>,
 }
 
 impl Answer {
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 }
@@ -445,7 +445,7 @@ fn a_flood_of_resets_ends_its_connection_and_harms_nobody() {
 }
 
 /// A certificate for this name and its key, as files, and what a client trusts then.
-fn certify(folder: &Path, name: &str) -> CertificateDer<'static> {
+pub(crate) fn certify(folder: &Path, name: &str) -> CertificateDer<'static> {
     let made = rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
     let write = |file: &str, text: &str| {
         let new = folder.join("new");
@@ -459,7 +459,7 @@ fn certify(folder: &Path, name: &str) -> CertificateDer<'static> {
 }
 
 /// A TLS connection that offers these protocols.
-async fn secured(
+pub(crate) async fn secured(
     port: u16,
     trusted: &CertificateDer<'static>,
     name: &'static str,
@@ -478,14 +478,14 @@ async fn secured(
     TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(name).unwrap(), stream).await
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-const BOTH: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13, &rustls::version::TLS12];
+pub(crate) const BOTH: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13, &rustls::version::TLS12];
 
 /// One `GET` over HTTP/1.1, all that comes until the connection ends properly.
-async fn get_1(mut stream: TlsStream<TcpStream>, path: &str) -> std::io::Result<String> {
+pub(crate) async fn get_1(mut stream: TlsStream<TcpStream>, path: &str) -> std::io::Result<String> {
     let request = format!("GET {path} HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = String::new();

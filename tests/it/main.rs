@@ -21,5 +21,6 @@ mod remote;
 mod requests;
 mod run;
 mod sandbox;
+mod soak;
 mod supervision;
 mod workers;

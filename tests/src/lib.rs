@@ -3,6 +3,7 @@
 //! Everything here has a limit and nothing sleeps to be on time: it waits for a line, a state or an answer. What it
 //! boots is what `make image test-image` put into `out/`.
 
+pub mod growth;
 pub mod http;
 pub mod nbd;
 pub mod workstation;

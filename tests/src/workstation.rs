@@ -42,6 +42,12 @@ impl Lines {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// All so far, which are not kept any longer: for whoever has very many.
+    #[must_use]
+    pub fn take(&self) -> Vec<String> {
+        std::mem::take(&mut *self.0.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Waits until `wanted` says yes to all that was written.
     ///
     /// # Errors
