@@ -125,10 +125,10 @@ bench: setup out/bin/gaia out/bin/gaia-bench $(BRANES) ## measure beside others,
 		$(if $(DURATION),--duration $(DURATION)) $(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(BENCH)
 
 .PHONY: soak
-soak: ready image test-image out/interfaces ## the long versions of the tests, an hour of mixed load first: SECONDS=3600, or T=name
+soak: ready image test-image out/interfaces ## the long versions of the tests, an hour of mixed load first: SECONDS=3600
 	@GAIA_SOAK_SECONDS=$(or $(SECONDS),3600) cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture soak::
-	@[[ -n '$(T)' ]] || GAIA_SOAK=1 cargo test $(FLAGS) --test reuse -- --nocapture
-	@GAIA_SOAK=1 cargo test $(FLAGS) --test it -- --test-threads=1 --skip soak:: $(T)
+	@GAIA_SOAK=1 cargo test $(FLAGS) --test reuse -- --nocapture
+	@GAIA_SOAK=1 cargo test $(FLAGS) --test it -- --test-threads=1 --skip soak::
 
 .PHONY: image
 image: out/bzImage out/initramfs.zst $(BRANES) ## build the kernel, the initramfs and the guests into out/

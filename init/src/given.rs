@@ -279,7 +279,7 @@ impl Interrupts {
     fn read(kernel: &impl Kernel) -> Self {
         let text = kernel.read("/proc/interrupts").unwrap_or_default();
         let (cores, rows) = parse_interrupts(&text);
-        let row = |(label, counts, name): (String, Vec<u64>, String)| {
+        let row = |(label, counts, name): Counted| {
             let is_device = label.bytes().all(|b| b.is_ascii_digit());
             let place = |file: &str| {
                 let text = is_device.then(|| kernel.read(&format!("/proc/irq/{label}/{file}")));
@@ -312,10 +312,13 @@ impl Interrupts {
     }
 }
 
+/// A row of `/proc/interrupts`: its label, its counts, and whose it is.
+pub type Counted = (String, Vec<u64>, String);
+
 /// Reads `/proc/interrupts`: the numbers of its columns' cores, and of each row its label, its counts and whose it is. What is no
 /// such row is passed over.
 #[must_use]
-pub fn parse_interrupts(text: &str) -> (Vec<usize>, Vec<(String, Vec<u64>, String)>) {
+pub fn parse_interrupts(text: &str) -> (Vec<usize>, Vec<Counted>) {
     let mut lines = text.lines();
     let cores = lines.next().unwrap_or_default().split_whitespace();
     let cores: Vec<usize> = cores.filter_map(|core| core.strip_prefix("CPU")?.parse().ok()).collect();
@@ -343,7 +346,7 @@ fn cores_of_mask(mask: &str) -> Option<String> {
     let mut cores = Vec::new();
     for (place, word) in mask.rsplit(',').enumerate() {
         let word = u32::from_str_radix(word, 16).ok()?;
-        cores.extend((0..32).filter(|bit| word & 1 << bit != 0).map(|bit| place * 32 + bit as usize));
+        cores.extend((0..32).filter(|bit| word & 1 << bit != 0).map(|bit| place * 32 + bit));
     }
     Some(list(&cores))
 }

@@ -140,13 +140,14 @@ fn a_warm_request_makes_few_system_calls_and_takes_no_memory_from_the_kernel() {
         println!("{table}");
         // One each, and a little for what is due by time and not by request: beats, keys of hash tables.
         for call in [libc::SYS_epoll_pwait, libc::SYS_recvfrom, libc::SYS_writev] {
-            assert!((0.98..=1.2).contains(&number(call)), "{table}");
+            assert!((0.98..=1.05).contains(&number(call)), "{table}");
         }
         for call in [libc::SYS_mmap, libc::SYS_munmap, libc::SYS_brk, libc::SYS_mremap, libc::SYS_madvise] {
             assert!(number(call) <= 0.02, "{table}");
         }
+        // What tells control that there is something to read depends on how soon it reads, and so on the machine's load: 0.08 to 0.3.
         let all = of_each(calls.values().sum());
-        assert!(all <= 3.7, "{all:.2}: {table}");
-        assert!(faults <= 0.5, "{table}");
+        assert!(all - number(libc::SYS_sendmsg) <= 3.1 && all <= 3.5, "{all:.2}: {table}");
+        assert!(faults <= 0.2, "{table}");
     }
 }

@@ -332,6 +332,70 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
     assert_eq!(run.get("/grow?mib=60").unwrap().text(), "got 60 of 60 MiB\n", "there is enough again");
 }
 
+const NEAR: &str = r#"
+[brane.ready]
+image = "file:./hello.wasm"
+replicas = 16
+
+[brane.hold]
+image = "file:./wait.wasm"
+replicas = 128
+capability = { clock = { resolution = "ms" } }
+limits = { mem_max = "200 MiB", deadline = "5m" }
+execution = { lifecycle = "ephemeral" }
+"#;
+
+/// Would miss: ready instances that hold memory while there is none for guests, or that go before growth is refused; that are not made
+/// again; a brane that does not answer without them; guests that are ended although less would do.
+#[test]
+fn near_the_mark_growth_is_refused_first_then_ready_instances_go_and_they_come_back() {
+    // Of 256 MiB: growth ends at 184, and the largest is ended at 208 (`runtime/src/worker/memory.rs`).
+    const ENOUGH: u64 = 190 * 1024;
+    let folder = Folder::with(NEAR).unwrap();
+    let run = folder.run(&["--workers", "1", "--memory", "256MiB"]).unwrap().serving().unwrap();
+    let pid = run.worker().unwrap();
+    let resident = || kib(pid, "VmRSS").unwrap();
+    let is_ready = || run.of("ready", "ready").unwrap();
+    run.until("ready", "ready", |n| n == 16).unwrap();
+    // Whoever asks for so much holds it until its client goes; so many do then.
+    let hold = |kib: u64, busy: u64| {
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", run.port)).unwrap();
+        let request = format!("GET /hold?touch_kib={kib}&sleep_ms=200000 HTTP/1.1\r\nHost: a\r\n\r\n");
+        std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
+        run.until("hold", "busy", |n| n == busy).unwrap();
+        stream
+    };
+    let mut holders = vec![hold(140 * 1024, 1)];
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while resident() < 140 * 1024 {
+        assert!(Instant::now() < deadline, "{} KiB", resident());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // What is left is for somebody who wants less.
+    assert_eq!(run.get("/hold?touch_kib=61440").unwrap().status, 500, "{} KiB", resident());
+    assert_eq!(is_ready(), 16, "growth is refused first");
+    assert_eq!(run.get("/hold?touch_kib=8192").unwrap().status, 200);
+    run.until("hold", "busy", |n| n == 1).unwrap();
+    // What an instance may always have takes it beyond the mark.
+    while resident() < ENOUGH {
+        holders.push(hold(600, holders.len() as u64 + 1));
+        assert!(holders.len() < 120, "{} KiB", resident());
+    }
+    run.until("ready", "ready", |n| n == 0).unwrap();
+    println!("{} hold {} KiB, and no instance is ready", holders.len(), resident());
+    for _ in 0..5 {
+        assert_eq!(run.get("/hold?touch_kib=8192").unwrap().status, 500, "no more growth");
+        assert_eq!(run.get("/ready").unwrap().text(), "hello\n", "it answers without");
+        assert_eq!(is_ready(), 0, "none is made again");
+    }
+    assert_eq!((run.of("hold", "busy").unwrap(), run.of("hold", "killed").unwrap()), (holders.len() as u64, 0));
+    drop(holders);
+    run.until("hold", "busy", |n| n == 0).unwrap();
+    run.until("ready", "ready", |n| n == 16).unwrap();
+    assert_eq!(run.get("/hold?touch_kib=61440").unwrap().status, 200, "there is enough again");
+    assert_eq!(run.worker().unwrap(), pid, "the same worker lives");
+}
+
 /// In place of a status.
 const BROKEN_OFF: u16 = 0;
 

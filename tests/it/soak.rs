@@ -38,8 +38,8 @@ image = "file:./hello.wasm"
 replicas = 8
 execution = { lifecycle = "ephemeral" }
 
-[brane.count]
-image = "file:./counter.wasm"
+[brane.kept]
+image = "file:./hello.wasm"
 replicas = 2
 execution = { lifecycle = "pinned" }
 
@@ -104,6 +104,13 @@ impl Tally {
                 self.first.lock().unwrap().get_or_insert(why);
             }
         }
+    }
+
+    fn check(&self, name: &str) {
+        println!("{name}: {} right, {} wrong", self.right.load(Relaxed), self.wrong.load(Relaxed));
+        let first = self.first.lock().unwrap();
+        assert!(first.is_none(), "{name}: {first:?}");
+        assert!(self.right.load(Relaxed) >= 5, "{name} was not done");
     }
 }
 
@@ -250,13 +257,16 @@ const CONTROL: f64 = 12.0 * 1024.0;
 /// What any other may.
 const OTHERS: f64 = 4.0 * 1024.0;
 
+/// What one kind of work does in a round, of which it is told the number.
+type Round<'a> = Box<dyn FnMut(u64) -> Result<(), String> + Send + 'a>;
+
 /// The work of the steady graph, each kind in a thread of its own: its name, and what it does in each round.
 fn work<'a>(
     run: &'a Run,
     secure: u16,
     trusted: &'a rustls::pki_types::CertificateDer<'static>,
     site: u16,
-) -> Vec<(&'static str, Box<dyn FnMut(u64) -> Result<(), String> + Send + 'a>)> {
+) -> Vec<(&'static str, Round<'a>)> {
     let port = run.port;
     let line = r#"{"sku":"A1","quantity":2,"cents":350}"#;
     let order = format!(r#"{{"id":1,"customer":"one","lines":[{}]}}"#, [line; 8].join(","));
@@ -266,7 +276,7 @@ fn work<'a>(
     let mut kept = None;
     let secured = move |round: u64| {
         block(async {
-            let protocol: &[&[u8]] = if round % 2 == 0 { &[b"h2"] } else { &[b"http/1.1"] };
+            let protocol: &[&[u8]] = if round.is_multiple_of(2) { &[b"h2"] } else { &[b"http/1.1"] };
             let stream = secured(secure, trusted, "a.example", protocol, BOTH).await.map_err(|e| e.to_string())?;
             let text = match round % 2 {
                 0 => Client::of(stream).await.get("/hello").await.map_err(|e| e.to_string())?.text(),
@@ -299,13 +309,8 @@ fn work<'a>(
             }),
         ),
         ("an ephemeral instance", Box::new(move |_| is(get(port, "/fresh"), 200, "hello\n"))),
-        (
-            "a pinned instance",
-            Box::new(move |_| match get(port, "/count") {
-                Ok(answer) if answer.status == 200 && answer.text().starts_with("count ") => Ok(()),
-                other => Err(format!("{other:?}")),
-            }),
-        ),
+        // Not the guest that counts: it keeps a line for each visit, and that would be seen.
+        ("a pinned instance", Box::new(move |_| is(get(port, "/kept"), 200, "hello\n"))),
         ("json", Box::new(move |_| is(post(port, "/json", document.as_bytes()), 200, ""))),
         (
             "a body there and back",
@@ -360,7 +365,7 @@ fn work<'a>(
 fn changing(deploy: usize) -> String {
     format!(
         "[brane.hello]\nimage = \"file:./hello.wasm\"\nreplicas = 4\n\
-         [brane.count]\nimage = \"file:./counter.wasm\"\nreplicas = 2\nexecution = {{ lifecycle = \"pinned\" }}\n\
+         [brane.kept]\nimage = \"file:./hello.wasm\"\nreplicas = 2\nexecution = {{ lifecycle = \"pinned\" }}\n\
          [brane.turn{}]\nimage = \"file:./json.wasm\"\n",
         deploy % 2
     )
@@ -403,7 +408,7 @@ fn nothing_grows_under_mixed_load() {
         scope.spawn(|| {
             while !over.load(Relaxed) {
                 beside.note(is(get(other.port, "/hello"), 200, "hello\n"));
-                beside.note(is(get(other.port, "/count"), 200, ""));
+                beside.note(is(get(other.port, "/kept"), 200, "hello\n"));
                 std::thread::sleep(REST);
             }
         });
@@ -430,26 +435,19 @@ fn nothing_grows_under_mixed_load() {
                     assert_eq!(first.get(role), Some(pid), "{role} is another process");
                     figures.add_held(&format!("steady {role}"), held, if role == "control" { CONTROL } else { OTHERS });
                 }
-                let mut all = Held { memory: 0.0, tables: 0.0, files: 0.0, mappings: 0.0, threads: 0.0 };
+                let mut all = Held::default();
                 for (role, _, held) in held(&other) {
                     if role.starts_with("worker@") || role.starts_with("compile@") {
-                        all.memory += held.memory;
-                        all.tables += held.tables;
-                        all.files += held.files;
-                        all.mappings += held.mappings;
-                        all.threads += held.threads;
+                        all += held;
                     } else {
-                        figures.add_held(
-                            &format!("changing {role}"),
-                            &held,
-                            if role == "control" { CONTROL } else { OTHERS },
-                        );
+                        let memory = if role == "control" { CONTROL } else { OTHERS };
+                        figures.add_held(&format!("changing {role}"), &held, memory);
                     }
                 }
                 figures.add_held("changing workers", &all, 4.0 * OTHERS);
                 let workers = here.iter().filter(|(role, ..)| role.starts_with("worker@")).map(|(_, pid, _)| *pid);
                 let latency = median(&probed(steady.port, "/probe", &workers.collect::<Vec<_>>()));
-                figures.add("steady latency p50/ms".into(), latency, Allowance { least: 5.0, part: 1.0 });
+                figures.add("steady latency p50/ms".into(), latency, Allowance { least: 2.0, part: 1.0 });
                 let ps = steady.ask("ps").unwrap();
                 assert!(ps["silent"].as_array().unwrap().is_empty(), "{ps}");
                 for run in [&steady, &other] {
@@ -463,12 +461,7 @@ fn nothing_grows_under_mixed_load() {
     });
 
     println!("{}", figures.table());
-    for (name, tally) in tallies.iter().chain(&[("answers beside deploys", beside)]) {
-        println!("{name}: {} right, {} wrong", tally.right.load(Relaxed), tally.wrong.load(Relaxed));
-        let first = tally.first.lock().unwrap();
-        assert!(first.is_none(), "{name}: {first:?}");
-        assert!(tally.right.load(Relaxed) >= 5, "{name} was not done");
-    }
+    tallies.iter().chain(&[("answers beside deploys", beside)]).for_each(|(name, tally)| tally.check(name));
     let deploys = deploys.load(Relaxed);
     println!("{deploys} deploys, {} figures of each", figures.0["steady latency p50/ms"].0.len());
     assert!(deploys >= 4, "{deploys} deploys");

@@ -74,7 +74,7 @@ fn what_the_kernel_gave_the_cores_is_told_as_it_is_and_so_is_what_differs() {
         assert_eq!(told["core"], core);
         assert_eq!(told["partition"], read(&format!("{GROUPS}/core-{core}/cpuset.cpus.partition")));
         assert_eq!(told["effective"], read(&format!("{GROUPS}/core-{core}/cpuset.cpus.effective")));
-        let count = |(_, rows): &(Vec<usize>, Vec<(String, Vec<u64>, String)>)| {
+        let count = |(_, rows): &(Vec<usize>, Vec<gaia_init::given::Counted>)| {
             rows.iter().find(|row| row.0 == "LOC").unwrap().1[core]
         };
         let counted = told["ticks"].as_u64().unwrap();
@@ -117,7 +117,7 @@ fn what_the_kernel_gave_the_cores_is_told_as_it_is_and_so_is_what_differs() {
     let same =
         || drop(appliance.until(ANSWER_WITHIN, given, |told| told["deviations"] == serde_json::json!([])).unwrap());
     // The interrupt of the port that these questions come through: each of them has it fire.
-    let ours = |(_, rows): &(Vec<usize>, Vec<(String, Vec<u64>, String)>)| {
+    let ours = |(_, rows): &(Vec<usize>, Vec<gaia_init::given::Counted>)| {
         let busiest = rows.iter().filter(|row| row.2.contains("virtio")).max_by_key(|row| row.1[0]);
         busiest.map(|row| row.0.clone()).unwrap()
     };

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use crate::workstation::kib;
 
 /// What a process holds at one moment.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Held {
     /// KiB of memory that are its own, and its share of what it shares (`Pss`).
     pub memory: f64,
@@ -47,6 +47,17 @@ impl Held {
     }
 }
 
+/// Of several processes together.
+impl std::ops::AddAssign for Held {
+    fn add_assign(&mut self, other: Self) {
+        self.memory += other.memory;
+        self.tables += other.tables;
+        self.files += other.files;
+        self.mappings += other.mappings;
+        self.threads += other.threads;
+    }
+}
+
 /// What may come on top without being growth: the larger of the two.
 #[derive(Debug, Clone, Copy)]
 pub struct Allowance {
@@ -69,9 +80,14 @@ pub struct Verdict {
 
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d] = self.quarters;
+        let [first, second, third, last] = self.quarters;
         let word = if self.grows { "GROWS" } else { "stays" };
-        write!(f, "{word} {a:.1} → {b:.1} → {c:.1} → {d:.1}, {:+.1} of {:.1}", d - a, self.allowed)
+        write!(
+            f,
+            "{word} {first:.1} → {second:.1} → {third:.1} → {last:.1}, {:+.1} of {:.1}",
+            last - first,
+            self.allowed
+        )
     }
 }
 
@@ -147,8 +163,13 @@ mod tests {
 
         #[test]
         fn a_leak_of_four_times_the_allowance_is_found_in_noise(noise in proptest::collection::vec(-1.25..1.25_f64, LEAST..200)) {
-            let each = 40.0 / noise.len() as f64;
-            let figures: Vec<f64> = noise.iter().enumerate().map(|(n, noise)| 100.0 + each * n as f64 + noise).collect();
+            let each = 40.0 / f64::from(u32::try_from(noise.len()).unwrap());
+            let mut leaked = 100.0;
+            let one = |noise: &f64| {
+                leaked += each;
+                leaked + noise
+            };
+            let figures: Vec<f64> = noise.iter().map(one).collect();
             let verdict = judge(&figures, TEN);
             prop_assert!(verdict.grows, "{verdict}");
         }

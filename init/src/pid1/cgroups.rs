@@ -68,11 +68,6 @@ impl Groups {
         std::iter::once(self.workers.as_fd()).chain(own).collect()
     }
 
-    /// Where the cgroup of a worker core is.
-    pub(crate) fn folder_of_core(&self, core: usize) -> String {
-        format!("{ROOT}/workers/core-{core}")
-    }
-
     /// Makes the tree and says what the kernel made of it.
     pub(crate) fn make(cores: &Cores, memory: u64) -> Result<(Self, String), Failure> {
         let home = list(&cores.housekeeping);
@@ -130,6 +125,11 @@ impl Groups {
         let said = format!("{said}; at most {} MiB for system, {} MiB for workers", system >> 20, workers >> 20);
         Ok((groups, said))
     }
+}
+
+/// Where the cgroup of a worker core is.
+pub(crate) fn folder_of_core(core: usize) -> String {
+    format!("{ROOT}/workers/core-{core}")
 }
 
 fn make(name: &str) -> Result<(), Failure> {

@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::Resource;
 use rustix::termios::{ControlModes, InputModes, LocalModes, OptionalActions};
 
-use crate::cgroups::Groups;
+use crate::cgroups::{Groups, folder_of_core};
 use crate::data;
 use crate::kernel::Parameters;
 use crate::report::{Failure, Report};
@@ -174,7 +174,7 @@ impl Machine for Appliance {
     }
 
     fn group_of_core(&self, core: usize) -> Option<String> {
-        Some(self.groups.folder_of_core(core))
+        Some(folder_of_core(core))
     }
 
     fn pet(&mut self) {
