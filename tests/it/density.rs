@@ -82,6 +82,18 @@ fn touched_by_guests(run: &Run) -> u64 {
     workers(run).into_iter().map(of).sum()
 }
 
+/// How long `hello` takes, fifty times, sorted.
+fn latencies(run: &Run) -> Vec<Duration> {
+    let one = |_| {
+        let began = Instant::now();
+        assert_eq!(run.get("/hello").unwrap().text(), "hello\n");
+        began.elapsed()
+    };
+    let mut all: Vec<_> = (0..50).map(one).collect();
+    all.sort();
+    all
+}
+
 /// Requests in flight.
 fn inside(run: &Run) -> u64 {
     let status = run.ask("status").unwrap();
@@ -136,7 +148,7 @@ fn very_many_requests_are_in_flight_at_once_and_each_is_answered() {
     );
     let run = Folder::with(&graph).unwrap();
     let run = run.run(&["--workers", "2", "--memory", "18GiB"]).unwrap().serving().unwrap();
-    let before = memory(&run);
+    let (before, alone) = (memory(&run), latencies(&run));
     let (path, wanted) =
         (format!("/wait?sleep_ms={}&touch_kib={TOUCHED_KIB}", sleep * 1000), format!("waited {} ms\n", sleep * 1000));
     let began = Instant::now();
@@ -162,14 +174,7 @@ fn very_many_requests_are_in_flight_at_once_and_each_is_answered() {
     }
     let ramp = began.elapsed();
     let (each, guests) = ((held - before) / number as u64, touched_by_guests(&run) / number as u64);
-    let mut latencies: Vec<_> = (0..50)
-        .map(|_| {
-            let began = Instant::now();
-            assert_eq!(run.get("/hello").unwrap().text(), "hello\n");
-            began.elapsed()
-        })
-        .collect();
-    latencies.sort();
+    let latencies = latencies(&run);
     let inside_then = inside(&run);
     let right = client.join().unwrap();
     println!(
@@ -182,5 +187,7 @@ fn very_many_requests_are_in_flight_at_once_and_each_is_answered() {
     assert_eq!(right, number);
     assert!((TOUCHED_KIB..TOUCHED_KIB + 24).contains(&guests), "{guests} KiB are the guest's");
     assert!(each <= guests + BEYOND_KIB, "{each} KiB, {guests} of them the guest's");
-    assert!(latencies[25] < Duration::from_millis(15), "{:?}", latencies[25]);
+    // Held against what the machine gave a moment before: others may use it, too.
+    let most = alone[25] * 3 + Duration::from_millis(15);
+    assert!(latencies[25] < most, "{:?}, alone {:?}", latencies[25], alone[25]);
 }

@@ -15,7 +15,7 @@ use rustls::pki_types::PrivateKeyDer;
 /// A page as `OpenAlex` sends it.
 pub(crate) const PAGE: &str = r#"{"meta":{"count":7},"results":[{"id":"W1","title":"one"}]}"#;
 /// What a log line may take.
-const LINE_WITHIN: Duration = Duration::from_secs(10);
+const LINE_WITHIN: Duration = Duration::from_secs(30);
 
 /// A server on the loopback, and how many connections it has had.
 pub(crate) struct Server {

@@ -25,7 +25,7 @@ fn ends(run: &Run, brane: &str, number: usize) -> Vec<String> {
         let mine = format!(" {brane}.");
         lines.iter().filter(|l| l.contains(&mine) && l.contains(" END cold=")).cloned().collect::<Vec<_>>()
     };
-    run.output.until(Duration::from_secs(10), |lines| of_brane(lines).len() >= number).unwrap();
+    run.output.until(Duration::from_secs(30), |lines| of_brane(lines).len() >= number).unwrap();
     of_brane(&run.output.all())
 }
 
