@@ -23,6 +23,7 @@ readonly PACKAGES_RUN=(
     libelf-dev        # objtool, a tool of the kernel's build
     xz-utils          # unpacks the source
     zstd              # packs the kernel
+    erofs-utils       # packs the programs
     musl-tools        # musl-gcc: C parts of Rust crates for the appliance
     qemu-system-x86   # the machine it runs on
     e2fsprogs         # mke2fs makes its data disk

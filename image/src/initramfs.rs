@@ -3,19 +3,25 @@
 //! ```text
 //! initrd = base  ++ zeros to a multiple of 4 ++ seed
 //!          │                                    └ newc, not compressed: /seed/gaia.toml, /seed/graph.zgraph.toml, …
-//!          └ zstd(newc): /init, /bin/gaia, mount points, two device nodes
+//!          └ zstd(newc): /init, /bin.erofs, mount points, two device nodes
+//!                              └ mounted on /bin by init: gaia
 //! ```
+//!
+//! What lies in the initramfs itself stays in memory for ever. So the programs but init are in a file system of their own
+//! (see `docs/decisions/012-programs-are-unpacked-as-they-are-used.md`), which is compressed there, too.
 //!
 //! The order and the padding are the kernel's demand (`unpack_to_rootfs` in `init/initramfs.c`, Linux 6.12): an
 //! uncompressed archive is recognised only at an offset that is a multiple of 4, zeros between archives are skipped,
 //! and after a zstd frame it goes on exactly behind the frame. [`base`] is padded already, so `cat` joins them too.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::cpio::{self, Archive, CpioError, Entry, pad4};
+use crate::cpio::{self, Archive, CpioError, Entry, Kind, pad4};
 use crate::elf;
+use crate::erofs::{self, ErofsError};
 
 /// The zstd level of [`base`]. Measured on a stripped Rust binary of 31 MiB, one thread: level 3 12.7 MiB in 0.1 s, 9 11.4 MiB
 /// in 0.5 s, 12 11.3 MiB in 1.3 s, 19 10.1 MiB in 12 s. 9 is where the next megabyte starts to cost seconds per build.
@@ -26,7 +32,10 @@ const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// The reader stops here: nothing that fits the appliance unpacks to more, a decompression bomb does.
 const UNPACKED_MAX: u64 = 2 << 30;
 
-/// Mount points and places for the binaries; anything else is made by init once its file systems are there.
+/// The file system with the programs, which init mounts on `/bin`.
+pub const PROGRAMS: &str = "bin.erofs";
+
+/// Mount points; anything else is made by init once its file systems are there.
 const DIRECTORIES: [(&str, u32); 8] = [
     ("bin", 0o755),
     ("data", 0o755),
@@ -77,6 +86,9 @@ pub enum InitramfsError {
     /// A name in the seed that is more than a file name.
     #[error("the seed is flat: `{0}` is not a plain file name; give it one without slashes")]
     SeedName(String),
+    /// Writing or reading the programs' file system failed.
+    #[error(transparent)]
+    Erofs(#[from] ErofsError),
     /// Writing or reading an archive failed.
     #[error(transparent)]
     Cpio(#[from] CpioError),
@@ -104,7 +116,8 @@ pub enum InitramfsError {
     Junk(usize),
 }
 
-/// The base archive, compressed: `/init`, `/bin/gaia` and `extra` (path on the appliance, file here).
+/// The base archive, compressed: `/init`, `/bin/gaia` and `extra` (path on the appliance, file here). What is in `/bin` is in
+/// the file system [`PROGRAMS`].
 ///
 /// Executables are checked and stripped; an extra file that is not ELF is taken as it is. The same input bytes give the
 /// same output bytes. The length is a multiple of 4.
@@ -120,9 +133,15 @@ pub fn base(init: &Path, gaia: &Path, extra: &[(String, PathBuf)]) -> Result<Vec
     archive.char_device("dev/console", 0o600, 5, 1)?;
     archive.char_device("dev/null", 0o666, 1, 3)?;
     archive.file("init", 0o755, binary(init)?)?;
-    archive.file("bin/gaia", 0o755, binary(gaia)?)?;
+    let mut programs = BTreeMap::from([("gaia".to_owned(), binary(gaia)?)]);
     for (path, from) in extra {
         let path = path.strip_prefix('/').unwrap_or(path);
+        if let Some(name) = path.strip_prefix("bin/") {
+            if programs.insert(name.to_owned(), binary(from)?).is_some() {
+                return Err(CpioError::Duplicate(path.to_owned()).into());
+            }
+            continue;
+        }
         if let Some((parent, _)) = path.rsplit_once('/') {
             archive.directories(parent, 0o755)?;
         }
@@ -133,7 +152,26 @@ pub fn base(init: &Path, gaia: &Path, extra: &[(String, PathBuf)]) -> Result<Vec
             archive.file(path, 0o644, content)?;
         }
     }
+    archive.file(PROGRAMS, 0o444, erofs::image(&programs)?)?;
     compressed(&archive.to_bytes()?)
+}
+
+/// Whatever can be opened on the appliance once init has mounted the programs: the archives' entries, and those of
+/// [`PROGRAMS`] below `bin`.
+///
+/// # Errors
+/// As [`list`], and [`InitramfsError::Erofs`].
+pub fn list_mounted(bytes: &[u8]) -> Result<Vec<Entry>, InitramfsError> {
+    let mut entries = list(bytes)?;
+    let mut mounted = Vec::new();
+    for entry in &entries {
+        if let (PROGRAMS, Kind::File(image)) = (entry.path.as_str(), &entry.kind) {
+            let below = |entry: Entry| Entry { path: format!("bin/{}", entry.path), ..entry };
+            mounted.extend(erofs::read(image)?.into_iter().map(below));
+        }
+    }
+    entries.extend(mounted);
+    Ok(entries)
 }
 
 /// The seed archive, not compressed: every file at `/seed/<name>`, readable by all. The length is a multiple of 4.
@@ -244,7 +282,6 @@ fn binary(path: &Path) -> Result<Vec<u8>, InitramfsError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpio::Kind;
     use proptest::prelude::*;
 
     /// A binary of a few kilobytes.
@@ -268,14 +305,13 @@ mod tests {
         let extra = [("/bin/gaia-debug".to_owned(), small.clone()), ("/etc/x/note".to_owned(), text)];
         let bytes = base(&small, &small, &extra).unwrap();
         assert_eq!(bytes.len() % 4, 0);
-        let entries = list(&bytes).unwrap();
+        let entries = list_mounted(&bytes).unwrap();
         let paths: Vec<_> = entries.iter().map(|entry| entry.path.as_str()).collect();
         assert_eq!(
             paths,
             [
                 "bin",
-                "bin/gaia",
-                "bin/gaia-debug",
+                "bin.erofs",
                 "data",
                 "dev",
                 "dev/console",
@@ -288,7 +324,9 @@ mod tests {
                 "proc",
                 "run",
                 "sys",
-                "tmp"
+                "tmp",
+                "bin/gaia",
+                "bin/gaia-debug",
             ]
         );
         let find = |path: &str| entries.iter().find(|entry| entry.path == path).unwrap();
@@ -296,8 +334,11 @@ mod tests {
         assert_eq!(find("dev/null").kind, Kind::CharDevice { major: 1, minor: 3 });
         assert_eq!(find("etc/x/note").kind, Kind::File(b"hello".to_vec()));
         assert_eq!(find("init").permissions, 0o755);
-        let Kind::File(init) = &find("init").kind else { panic!("init is no file") };
-        assert!(init.len() < std::fs::read(&small).unwrap().len(), "not stripped");
+        for program in ["init", "bin/gaia", "bin/gaia-debug"] {
+            let Kind::File(content) = &find(program).kind else { panic!("{program} is no file") };
+            assert!(content.len() < std::fs::read(&small).unwrap().len(), "{program} is not stripped");
+            assert_eq!(find(program).permissions, 0o755);
+        }
     }
 
     #[test]
@@ -329,11 +370,13 @@ mod tests {
     }
 
     #[test]
-    fn an_extra_cannot_take_the_place_of_init() {
+    fn an_extra_cannot_take_the_place_of_another_program() {
         let dir = tempfile::tempdir().unwrap();
         let small = small(dir.path());
-        let error = base(&small, &small, &[("/init".to_owned(), small.clone())]).unwrap_err();
-        assert!(matches!(error, InitramfsError::Cpio(CpioError::Duplicate(path)) if path == "init"));
+        for taken in ["init", "bin/gaia", "bin.erofs"] {
+            let error = base(&small, &small, &[(format!("/{taken}"), small.clone())]).unwrap_err();
+            assert!(matches!(error, InitramfsError::Cpio(CpioError::Duplicate(path)) if path == taken));
+        }
     }
 
     #[test]

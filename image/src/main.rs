@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use gaia_image::cpio::{Entry, Kind};
 use gaia_image::disk::{self, Disk};
-use gaia_image::initramfs::{base, list, seed_archive};
+use gaia_image::initramfs::{base, list_mounted, seed_archive};
 use gaia_image::kernel::{Builder, Progress, SOURCE, cache_dir, check_config};
 
 /// Makes the parts of a Gaia image.
@@ -79,7 +79,7 @@ enum Part {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
-    /// List the entries of an initramfs, a seed archive, or both in one file
+    /// List the entries of an initramfs, a seed archive, or both in one file, and of the programs' file system in it
     List {
         /// The file
         file: PathBuf,
@@ -127,7 +127,7 @@ fn run(part: Part) -> anyhow::Result<()> {
         }
         Part::List { file } => {
             let bytes = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-            let entries = list(&bytes).with_context(|| format!("cannot list {}", file.display()))?;
+            let entries = list_mounted(&bytes).with_context(|| format!("cannot list {}", file.display()))?;
             let mut out = std::io::stdout().lock();
             for entry in &entries {
                 match writeln!(out, "{}", line(entry)) {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gaia_image::cpio::Archive;
+use gaia_image::cpio::{Archive, Kind};
 use gaia_qemu::{Machine, MachineBuilder};
 use gaia_tests::{ANSWER_WITHIN, Appliance, BOOT_WITHIN, Setup, kernel_complaints, out};
 
@@ -146,6 +146,34 @@ fn an_init_that_cannot_go_on_says_why_and_reboots() {
     let machine = MachineBuilder::new(out("bzImage")).initrd(image.path()).append(gaia_image::COMMAND_LINE);
     let machine = Machine::boot(&machine).unwrap();
     machine.console().wait_for("cannot go on: mounting /proc", BOOT_WITHIN).unwrap();
+    let exit = machine.wait_exit(ANSWER_WITHIN).unwrap();
+    assert!(exit.success() && format!("{:?}", exit.reason).contains("Reset"), "{exit:?}");
+}
+
+/// Would miss: an appliance whose programs cannot be read, and which goes on without any.
+#[test]
+fn without_a_file_system_of_programs_it_does_not_go_on() {
+    let whole = gaia_image::initramfs::list(&std::fs::read(out("initramfs.zst")).unwrap()).unwrap();
+    let mut archive = Archive::default();
+    for entry in whole {
+        match entry.kind {
+            Kind::Directory => archive.directory(&entry.path, entry.permissions).unwrap(),
+            Kind::File(_) if entry.path == gaia_image::initramfs::PROGRAMS => {
+                archive.file(&entry.path, 0o444, vec![0; 8192]).unwrap();
+            }
+            Kind::File(content) => archive.file(&entry.path, entry.permissions, content).unwrap(),
+            Kind::CharDevice { major, minor } => {
+                archive.char_device(&entry.path, entry.permissions, major, minor).unwrap();
+            }
+            _ => {}
+        }
+    }
+    let image = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&image, archive.to_bytes().unwrap()).unwrap();
+    let machine = MachineBuilder::new(out("bzImage")).initrd(image.path()).append(gaia_image::COMMAND_LINE);
+    let machine = Machine::boot(&machine.append("gaia.on_failure=poweroff")).unwrap();
+    machine.console().wait_for("cannot go on: mounting /bin", BOOT_WITHIN).unwrap();
+    // Before the command line has been read, so by the default.
     let exit = machine.wait_exit(ANSWER_WITHIN).unwrap();
     assert!(exit.success() && format!("{:?}", exit.reason).contains("Reset"), "{exit:?}");
 }

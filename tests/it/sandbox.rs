@@ -323,6 +323,30 @@ fn the_secure_bits_of_a_role_are_set_and_locked() {
     appliance.power_off().unwrap();
 }
 
+/// Would miss: a file system in which a program could be put or changed, and one that brings programs of its own.
+#[test]
+fn what_can_be_run_cannot_be_written_and_what_can_be_written_cannot_be_run() {
+    let appliance = Appliance::boot(&Setup::default()).unwrap();
+    let mounts = appliance.read("/proc/mounts").unwrap();
+    let mut run = Vec::new();
+    for line in mounts.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let has = |flag: &str| words[3].split(',').any(|word| word == flag);
+        // The kernel's own nodes are in /dev.
+        assert!(has("nosuid") && (has("nodev") || words[1] == "/dev"), "{line}");
+        assert!(has("ro") || has("noexec"), "{line}");
+        if !has("noexec") {
+            run.push((words[1], words[2]));
+        }
+    }
+    assert_eq!(run, [("/", "rootfs"), ("/bin", "erofs")], "{mounts}");
+    let denied = appliance.write("/bin/gaia", "x").unwrap_err().to_string();
+    assert!(denied.contains("Read-only file system"), "{denied}");
+    let denied = appliance.write("/bin.erofs", "x").unwrap_err().to_string();
+    assert!(denied.contains("Read-only file system"), "{denied}");
+    appliance.power_off().unwrap();
+}
+
 /// Would miss: an appliance that serves although a layer of its sandboxes is not there.
 #[test]
 fn a_kernel_without_landlock_does_not_serve() {

@@ -1,5 +1,5 @@
 //! What is mounted where, and with which flags. There is no root file system but the initramfs, and it is sealed
-//! read-only before the first role starts.
+//! read-only before the first role starts. The programs are in a file system of their own, which only reads.
 
 use nix::mount::{MsFlags, mount};
 
@@ -15,7 +15,7 @@ struct Mount {
 
 const QUIET: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
-/// Without these not even the report can be written.
+/// Without these not even the report can be written, or nothing started.
 const FIRST: &[Mount] = &[
     // Device nodes by the kernel itself; nothing in it may be run.
     Mount {
@@ -27,6 +27,15 @@ const FIRST: &[Mount] = &[
     },
     // A process sees only its own user's processes.
     Mount { source: "proc", target: "/proc", kind: "proc", flags: QUIET, data: "hidepid=invisible" },
+    // The kernel unpacks a page of a program when it is first used, and may drop it again. What it reads for that is in
+    // memory already, so it keeps no copy of it.
+    Mount {
+        source: "/bin.erofs",
+        target: "/bin",
+        kind: "erofs",
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_RDONLY),
+        data: "cache_strategy=disabled",
+    },
 ];
 
 const REST: &[Mount] = &[
