@@ -8,7 +8,7 @@
 //! ```
 //!
 //! What lies in the initramfs itself stays in memory for ever. So the programs but init are in a file system of their own
-//! (see `docs/decisions/012-programs-are-unpacked-as-they-are-used.md`), which is compressed there, too.
+//! (see `docs/decisions/012-programs-lie-packed-in-memory.md`), which is compressed there, too.
 //!
 //! The order and the padding are the kernel's demand (`unpack_to_rootfs` in `init/initramfs.c`, Linux 6.12): an
 //! uncompressed archive is recognised only at an offset that is a multiple of 4, zeros between archives are skipped,

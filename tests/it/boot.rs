@@ -45,6 +45,7 @@ fn it_serves_from_a_component_shows_itself_and_powers_off_without_a_complaint() 
         "operators",
         "watchdog",
         "console",
+        "programs",
         "seal",
     ] {
         let line = transcript

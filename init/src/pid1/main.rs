@@ -71,6 +71,7 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     let data = report.step("data", data::open).ok().flatten();
     let watchdog = report.step("watchdog", watchdog::Watchdog::open).ok().flatten();
     let terminal = report.step("console", || machine::terminal(&parameters)).ok();
+    let _ = report.step("programs", mounts::unpack);
     report.step("seal", mounts::seal)?;
     let seed = rustix::fs::open(SEED, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty()).ok();
     let folders = Folders { seed, data };

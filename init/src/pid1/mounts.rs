@@ -1,7 +1,11 @@
 //! What is mounted where, and with which flags. There is no root file system but the initramfs, and it is sealed
 //! read-only before the first role starts. The programs are in a file system of their own, which only reads.
 
+use std::num::NonZeroU64;
+
+use gaia_init::roles::RUNTIME;
 use nix::mount::{MsFlags, mount};
+use rustix::fs::{Advice, Mode, OFlags};
 
 use crate::report::Failure;
 
@@ -27,7 +31,7 @@ const FIRST: &[Mount] = &[
     },
     // A process sees only its own user's processes.
     Mount { source: "proc", target: "/proc", kind: "proc", flags: QUIET, data: "hidepid=invisible" },
-    // The kernel unpacks a page of a program when it is first used, and may drop it again. What it reads for that is in
+    // The kernel unpacks pages of a program into its cache, and may drop them again. What it reads for that is in
     // memory already, so it keeps no copy of it.
     Mount {
         source: "/bin.erofs",
@@ -48,6 +52,9 @@ const REST: &[Mount] = &[
 /// After the last setting has been written: the file systems that must not change any more.
 const SEALED: &[(&str, MsFlags)] =
     &[("/", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV)), ("/proc", QUIET), ("/sys", QUIET)];
+
+/// What the kernel reads ahead at most, whatever it is asked for (Linux, `VM_READAHEAD_PAGES`).
+const AHEAD: u64 = 128 << 10;
 
 #[derive(Debug, thiserror::Error)]
 #[error("mounting {target}: {source}")]
@@ -73,6 +80,19 @@ pub(crate) fn first() -> Result<(), Error> {
 pub(crate) fn rest() -> Result<String, Failure> {
     all(REST)?;
     Ok(FIRST.iter().chain(REST).map(|m| m.target).collect::<Vec<_>>().join(" "))
+}
+
+/// Has the kernel unpack the runtime's program now, into its cache: otherwise the first requests wait for pieces of it, and
+/// what a role touches first counts as that role's memory.
+pub(crate) fn unpack() -> Result<String, Failure> {
+    let program = rustix::fs::open(RUNTIME, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let size = rustix::fs::fstat(&program)?.st_size.cast_unsigned();
+    let mut at = 0;
+    while at < size {
+        rustix::fs::fadvise(&program, at, NonZeroU64::new(AHEAD), Advice::WillNeed)?;
+        at += AHEAD;
+    }
+    Ok(format!("{} KiB of {} unpacked", size >> 10, RUNTIME.to_string_lossy()))
 }
 
 /// Makes everything read-only that has been written for the last time. Tries all of it, and fails if any is not.
