@@ -13,6 +13,7 @@ use gaia_init::descriptors::Descriptors;
 use gaia_init::sandbox::{self, Demand};
 use gaia_init::wire::{self, Message, Unknown};
 use serde::{Deserialize, Serialize};
+use wasmparser::{DataKind, Operator, Parser, Payload};
 use wasmtime::Engine;
 use wasmtime::component::Component;
 use wasmtime::component::types::ComponentItem;
@@ -134,12 +135,30 @@ pub fn compile(component: &[u8], reservation: u64) -> wasmtime::Result<(Report, 
     let needs = compiled.resources_required().map(|r| Needs {
         memories: r.num_memories,
         initial_memory: r.max_initial_memory_size.unwrap_or(0).saturating_mul(64 * 1024),
+        data_end: data_end(component),
         tables: r.num_tables,
         table_elements: r.max_initial_table_size.unwrap_or(0),
     });
     let unlinked = link::linker(&engine, &capability::ALL)?.instantiate_pre(&compiled).err().map(|e| format!("{e:#}"));
     let report = Report { error: None, imports: imports.collect(), exports: exports.collect(), needs, unlinked };
     Ok((report, compiled.serialize()?))
+}
+
+/// Where the data ends that the component's modules begin with, in bytes: of the one in which it ends last.
+fn data_end(component: &[u8]) -> u64 {
+    // Modules lie within components and are parsed with them.
+    let sections = Parser::new(0).parse_all(component).filter_map(|payload| match payload {
+        Ok(Payload::DataSection(section)) => Some(section),
+        _ => None,
+    });
+    let ends = sections.flatten().flatten().filter_map(|data| {
+        let DataKind::Active { offset_expr, .. } = data.kind else { return None };
+        match offset_expr.get_operators_reader().read() {
+            Ok(Operator::I32Const { value }) => Some(u64::from(value.cast_unsigned()) + data.data.len() as u64),
+            _ => None,
+        }
+    });
+    ends.max().unwrap_or(0)
 }
 
 fn import(engine: &Engine, name: &str, item: &ComponentItem) -> Import {
@@ -179,6 +198,21 @@ mod tests {
     fn a_core_module_is_told_what_it_is() {
         let error = compile(b"\0asm\x01\0\0\0", engine::WHOLE).unwrap_err().to_string();
         assert!(error.contains("core WebAssembly module") && error.contains("wasm32-wasip2"), "{error}");
+    }
+
+    #[test]
+    fn data_ends_where_the_furthest_of_all_modules_ends() {
+        // One byte at 8; eight bytes at 2 MiB, and twenty that lie nowhere until a guest copies them.
+        let first = b"\0asm\x01\0\0\0\x0b\x07\x01\x00\x41\x08\x0b\x01x".as_slice();
+        let second = b"\0asm\x01\0\0\0\x0b\x27\x02\x00\x41\x80\x80\x80\x01\x0b\x0812345678\x01\x14passive, and further";
+        let mut component = EMPTY.to_vec();
+        for module in [second.as_slice(), first] {
+            component.extend([1, u8::try_from(module.len()).unwrap()]);
+            component.extend(module);
+        }
+        assert_eq!(data_end(&component), (2 << 20) + 8);
+        assert_eq!(data_end(EMPTY), 0);
+        assert_eq!(data_end(b"nothing"), 0);
     }
 
     proptest! {

@@ -26,9 +26,18 @@ const GUARD: u64 = 32 << 20;
 const CORE_INSTANCES: u32 = 64;
 /// Elements a table may grow to, if it does not begin with more. Address space only, until it is touched.
 const TABLE_ELEMENTS: usize = 20_000;
-/// Linear memory that is cleared in place and kept when an instance is released, in bytes: most small guests touch
-/// less, and then a release costs no page fault later.
-pub const KEEP_RESIDENT: usize = 192 * 1024;
+/// Linear memory that is cleared in place and kept when an instance is released, in bytes, of a brane whose data lies within it,
+/// however many slots it has: most small guests touch less, and then a release costs no page fault later.
+const RESIDENT: u64 = 192 * 1024;
+/// What is kept beyond a component's data, in bytes: guests' heaps begin there. With Rust's usual stack of 1 MiB below the
+/// data, the transform of a document has six page faults with nothing, and none with this.
+const BEYOND_DATA: u64 = 256 * 1024;
+/// What is kept where there is memory for it, in bytes, whatever the component has of data: a slot that has grown so far without
+/// huge pages would have a page fault for each 4 KiB, and to clear it takes as long as ten to twenty of them.
+const SINGLE: u64 = 2 << 20;
+/// The most that is kept of a memory, in bytes: JavaScript's engine begins with 9 MiB of data, Python's with 12. It is
+/// cleared whole, however little of it was touched.
+const MOST_RESIDENT: u64 = 16 << 20;
 
 /// What is reserved for each memory of a brane with so many instances in a worker, in bytes. Machine code depends on it.
 #[must_use]
@@ -66,10 +75,25 @@ pub fn for_compiler(reservation: u64) -> wasmtime::Result<Engine> {
     Engine::new(&base(reservation))
 }
 
-/// The pool of one brane in one worker: `slots` instances, each of which may have what `needs` says and `mem_max` bytes of
-/// linear memory.
+/// How much of each memory is cleared in place and kept when an instance is released, in bytes; the rest is given back. So
+/// many slots may keep `share` bytes together.
+///
+/// What is kept begins at a memory's beginning, so it is everything up to where the guest's heap begins, or nothing: with less
+/// than that, what an instance touches is given back all the same, and what is below it is cleared for nothing.
 #[must_use]
-pub fn pool(needs: &Needs, mem_max: u64, slots: u32) -> PoolingAllocationConfig {
+pub fn resident(needs: &Needs, slots: u32, share: u64) -> usize {
+    let memories = u64::from(slots).saturating_mul(needs.memories.into()).max(1);
+    let fits = |bytes: &u64| *bytes <= MOST_RESIDENT && *bytes <= share / memories;
+    let with_heap = needs.data_end.min(needs.initial_memory).saturating_add(BEYOND_DATA).next_multiple_of(4096);
+    let least = if with_heap <= RESIDENT + BEYOND_DATA { RESIDENT } else { 0 };
+    let kept = [with_heap.max(SINGLE), with_heap].into_iter().find(fits).unwrap_or(least);
+    usize::try_from(kept).unwrap_or(0)
+}
+
+/// The pool of one brane in one worker: `slots` instances, each of which may have what `needs` says and `mem_max` bytes of
+/// linear memory, of each of which so much is kept.
+#[must_use]
+pub fn pool(needs: &Needs, mem_max: u64, slots: u32, resident: usize) -> PoolingAllocationConfig {
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(slots)
         .total_core_instances(slots.saturating_mul(CORE_INSTANCES))
@@ -83,7 +107,7 @@ pub fn pool(needs: &Needs, mem_max: u64, slots: u32) -> PoolingAllocationConfig 
         .max_memory_size(usize::try_from(mem_max).unwrap_or(usize::MAX))
         // Not by what the kernel says was written (`pagemap_scan`): a page that is on its way elsewhere at that moment would be
         // left as it is (docs/memory.md).
-        .linear_memory_keep_resident(KEEP_RESIDENT)
+        .linear_memory_keep_resident(resident)
         .table_keep_resident(64 * 1024)
         // Above 1 it needs process_madvise, which fails with EBADF in a sealed worker.
         .decommit_batch_size(1);
@@ -120,4 +144,50 @@ pub fn memories(engine: &Engine, number: u32) -> wasmtime::Result<Vec<usize>> {
         held.push(store);
     }
     Ok(addresses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PLENTY: u64 = 1 << 40;
+
+    fn needs(data_end: u64, initial_memory: u64) -> Needs {
+        Needs { memories: 1, initial_memory, data_end, tables: 1, table_elements: 1 }
+    }
+
+    #[test]
+    fn what_is_kept_is_fitted_to_the_component_and_to_what_there_is() {
+        let (kib, mib) = (1 << 10, 1 << 20);
+        let small = needs(70 * kib, 128 * kib);
+        let usual_stack = needs(1034 * kib, 1088 * kib);
+        let engine = needs(9 * mib, 9 * mib + 300 * kib);
+        for (needs, slots, share, kept) in [
+            (small, 16, PLENTY, 2 * mib),
+            (small, 16, 16 * 328 * kib, 328 * kib),
+            (small, 62_000, mib, 192 * kib),
+            (usual_stack, 16, PLENTY, 2 * mib),
+            (usual_stack, 16, 32 * mib - 1, 1292 * kib),
+            (usual_stack, 16, 16 * mib, 0),
+            (engine, 16, PLENTY, 9 * mib + 256 * kib),
+            (engine, 16, 100 * mib, 0),
+            (needs(40 * mib, 64 * mib), 1, PLENTY, 0),
+            (needs(u64::MAX, 3 * mib), 1, PLENTY, 3 * mib + 256 * kib),
+        ] {
+            assert_eq!(resident(&needs, slots, share) as u64, kept, "{needs:?} {slots} {share}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn together_they_keep_no_more_than_they_may(
+            data_end: u64, initial_memory: u64, slots in 1_u32..100_000, memories in 0_u32..8, share in 0_u64..1 << 36
+        ) {
+            let needs = Needs { memories, ..needs(data_end, initial_memory) };
+            let kept = resident(&needs, slots, share) as u64;
+            prop_assert!(kept <= RESIDENT || kept * u64::from(slots) * u64::from(memories) <= share);
+            prop_assert!(kept <= MOST_RESIDENT && kept % 4096 == 0);
+        }
+    }
 }

@@ -149,6 +149,9 @@ pub struct Needs {
     pub memories: u32,
     /// Bytes of the largest memory at the start.
     pub initial_memory: u64,
+    /// Where in its memory the data ends that it begins with, in bytes. Below lie what it always touches and its stack.
+    #[serde(default)]
+    pub data_end: u64,
     /// Tables.
     pub tables: u32,
     /// Elements of the largest table.

@@ -2,7 +2,7 @@
 //! instance in the same slot looks for it everywhere, while the kernel moves, splits and takes away pages beside it.
 //!
 //! The pool is the one that workers have, and the component's machine code what the compiler makes. Under `GAIA_SOAK` there are
-//! ten thousand rounds.
+//! 12,500 rounds.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -29,19 +29,26 @@ const HUGE: usize = 2 << 20;
 /// What is mapped and touched beside it, to make memory scarce for the allocator's lists, in bytes.
 const PRESSED: usize = 64 << 20;
 
+/// What may be kept, in bytes: any number.
+const PLENTY: u64 = 1 << 30;
+
 /// How a slot is reset.
 struct Reset {
     name: &'static str,
     /// It is to leave nothing. Otherwise what it leaves is counted and printed.
     clean: bool,
+    /// What all branes' slots may keep together, in bytes.
+    share: u64,
     set: fn(&mut PoolingAllocationConfig),
 }
 
 const RESETS: &[Reset] = &[
-    Reset { name: "as workers have it", clean: true, set: |_| {} },
+    Reset { name: "as workers have it", clean: true, share: PLENTY, set: |_| {} },
+    Reset { name: "as they have it with many slots", clean: true, share: 0, set: |_| {} },
     Reset {
         name: "nothing is kept resident",
         clean: true,
+        share: PLENTY,
         set: |pool| {
             pool.linear_memory_keep_resident(0).table_keep_resident(0);
         },
@@ -49,6 +56,7 @@ const RESETS: &[Reset] = &[
     Reset {
         name: "everything is kept resident",
         clean: true,
+        share: PLENTY,
         set: |pool| {
             pool.linear_memory_keep_resident(16 << 20).table_keep_resident(1 << 20);
         },
@@ -56,6 +64,7 @@ const RESETS: &[Reset] = &[
     Reset {
         name: "what the kernel says was written",
         clean: false,
+        share: PLENTY,
         // Less than all, so that the rest is given back and can be a huge page again.
         set: |pool| {
             let scan = if PoolingAllocationConfig::is_pagemap_scan_available() { Enabled::Yes } else { Enabled::No };
@@ -84,7 +93,7 @@ struct Found {
 impl Slot {
     fn new(component: &(Needs, Vec<u8>), reset: &Reset) -> Self {
         let (needs, artefact) = component;
-        let mut pool = engine::pool(needs, MEM_MAX, 1);
+        let mut pool = engine::pool(needs, MEM_MAX, 1, engine::resident(needs, 1, reset.share));
         (reset.set)(&mut pool);
         let engine = engine::for_worker(pool, engine::WHOLE).unwrap();
         let began = Instant::now();
@@ -224,7 +233,7 @@ fn component() -> (Needs, Vec<u8>) {
 #[test]
 fn what_an_instance_leaves_the_next_one_in_its_slot_does_not_find() {
     let component = component();
-    let all: usize = if std::env::var_os("GAIA_SOAK").is_some() { 10_000 } else { 1_200 };
+    let all: usize = if std::env::var_os("GAIA_SOAK").is_some() { 12_500 } else { 1_500 };
     let settings = RESETS.len() * 2 * 2;
     let mut table = String::new();
     for reset in RESETS {

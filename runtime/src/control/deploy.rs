@@ -661,7 +661,7 @@ mod tests {
             digest: "d1".into(),
             artefact: "artefact-d1".into(),
             reservation: engine::WHOLE,
-            needs: plan::Needs { memories: 1, initial_memory: 1 << 17, tables: 1, table_elements: 1 },
+            needs: plan::Needs { memories: 1, initial_memory: 1 << 17, data_end: 70_000, tables: 1, table_elements: 1 },
             host: None,
             path: "/counter".into(),
             grants: vec![Capability::Random],

@@ -96,6 +96,8 @@ pub struct Brane {
     pages: Pages,
     /// A task waits until nobody has asked for a while.
     watched: Cell<bool>,
+    /// Its slots may have kept something since they gave it back.
+    keeps: Cell<bool>,
     running: RefCell<BTreeMap<u64, (Instant, Arc<Held>)>>,
 }
 
@@ -116,9 +118,11 @@ impl Brane {
         let host = plan.host.as_deref().map(gaia_manifest::Host::parse).transpose();
         let host = host.map_err(|e| wasmtime::format_err!("{e}")).map_err(at("host"))?;
         let slots = plan.slots(place.1);
-        let pool = engine::pool(&plan.needs, plan.mem_max, slots);
+        let resident = engine::resident(&plan.needs, slots, means.kept_of_each);
+        let pool = engine::pool(&plan.needs, plan.mem_max, slots, resident);
         let engine = engine::for_worker(pool, plan.reservation).map_err(at("engine and pool"))?;
-        let pages = Pages::of(&engine, &plan.needs, plan.mem_max, slots).map_err(at("the pool's memories"))?;
+        let pages =
+            Pages::of(&engine, &plan.needs, plan.mem_max, slots, resident).map_err(at("the pool's memories"))?;
         let path = format!("/proc/self/fd/{}", artefact.as_raw_fd());
         // SAFETY: the artefact was made by this build's compiler, came through control and init alone, and is sealed:
         // nobody can have changed it since (checked by the caller).
@@ -144,6 +148,7 @@ impl Brane {
             start: Cell::new(FIRST_WITHIN),
             pages,
             watched: Cell::default(),
+            keeps: Cell::default(),
             running: RefCell::default(),
         })
     }
@@ -185,6 +190,7 @@ impl Brane {
         // was started again begins anew.
         let serial = self.made.get() * u64::from(workers) + u64::from(worker) + 1;
         self.made.set(self.made.get() + 1);
+        self.keeps.set(true);
         let held = Arc::<Held>::default();
         Instance { serial, store: self.store(serial, Arc::clone(&held)), held, proxy: None }
     }
@@ -248,10 +254,14 @@ impl Brane {
             && self.means.pressure.is_low()
     }
 
-    /// Lets go of the instances that are ready.
+    /// Lets go of the instances that are ready, and if none is at work, of what the slots have kept.
     pub fn shed(&self) {
         let gone = std::mem::take(&mut *self.ready.borrow_mut());
         self.count().ready.fetch_sub(gone.len() as u64, Relaxed);
+        drop(gone);
+        if self.is_idle() && self.keeps.replace(false) {
+            self.pages.give_back(&self.pages.memories);
+        }
     }
 
     /// A store for one fresh instance with this serial number, which tells `held` what it is granted.
@@ -384,6 +394,7 @@ impl Brane {
             self.pages.give_back(some);
             tokio::task::yield_now().await;
         }
+        self.keeps.set(false);
         true
     }
 

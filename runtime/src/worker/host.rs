@@ -103,6 +103,8 @@ pub struct Means {
     pub turns: Turns,
     /// How much memory is left.
     pub pressure: Arc<Pressure>,
+    /// What the slots of each brane may keep between requests, in bytes.
+    pub kept_of_each: u64,
 }
 
 /// Chunks of 64 KiB that a worker keeps, zeroed, for the next file system.
@@ -112,17 +114,17 @@ impl Default for Means {
     fn default() -> Self {
         let pressure = Arc::<Pressure>::default();
         let reaper = Reaper::new(Arc::<Pressure>::clone(&pressure), SPARE_CHUNKS);
-        Self { reaper, reaping: Cell::new(false), turns: Turns::default(), pressure, network: None }
+        Self { reaper, reaping: Cell::new(false), turns: Turns::default(), pressure, network: None, kept_of_each: 0 }
     }
 }
 
 impl Means {
-    /// For the branes of this plan.
+    /// For the branes of this plan, the slots of each of which may keep so many bytes.
     ///
     /// # Errors
     /// As [`Network::of`].
-    pub fn of(plan: &Plan) -> anyhow::Result<Self> {
-        Ok(Self { network: Network::of(plan)?, ..Self::default() })
+    pub fn of(plan: &Plan, kept_of_each: u64) -> anyhow::Result<Self> {
+        Ok(Self { network: Network::of(plan)?, kept_of_each, ..Self::default() })
     }
 }
 

@@ -153,7 +153,7 @@ fn start(place: &Place, replica: u32, descriptors: &mut Descriptors, demand: Dem
     let artefact = descriptors.take(&format!("file-{ARTEFACT}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
-    let means = Rc::new(Means::of(&plan)?);
+    let means = Rc::new(Means::of(&plan, 0)?);
     let brane = super::linked(of_it, 0, (0, 1), &artefact, &log, &means)?;
     drop(artefact);
     // Workers and this one: of the others it knows nothing.

@@ -30,6 +30,13 @@ const OUTRUN: u64 = 48 << 20;
 /// large ones have taken all.
 pub const ALWAYS: usize = 1 << 20;
 
+/// What the slots of each of a worker's branes may keep between requests, in bytes, where so many processes share `limit`: all
+/// of them together a sixteenth, less than is left free above the first mark, so that it is never the reason for an end.
+#[must_use]
+pub fn kept_of_each(limit: u64, processes: u32, branes: usize) -> u64 {
+    limit / 16 / u64::from(processes.max(1)) / branes.max(1) as u64
+}
+
 /// Where something happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Marks {

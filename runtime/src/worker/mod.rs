@@ -132,7 +132,10 @@ fn start(place: &Place, core: usize, number: u32, descriptors: &mut Descriptors,
     let artefacts = descriptors.take_all("file-");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
-    let means = Rc::new(host::Means::of(&plan)?);
+    // Without a limit there is no end.
+    let kept =
+        place.memory.map_or(u64::MAX, |limit| memory::kept_of_each(limit, plan.processes(), plan.here().count()));
+    let means = Rc::new(host::Means::of(&plan, kept)?);
     let branes = link_all(&plan, number, &artefacts, &log, &means)?;
     drop(artefacts);
     let kept = plan.branes.iter().enumerate().filter(|(_, brane)| brane.keeper.is_some());

@@ -1,7 +1,7 @@
 //! The pages under a brane's pool: large ones where its instances grow, and none where nobody has asked for a while.
 //!
 //! ```text
-//!  a slot   0            192 KiB   2 MiB          what its component declares     what it grows to         mem_max
+//!  a slot   0         `resident`   2 MiB          what its component declares     what it grows to         mem_max
 //!           │ kept, zeroed │       │ single pages │                               │ huge pages │
 //! ```
 //!
@@ -32,18 +32,18 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// Of this engine's pool, which has so many slots and has not been used: it is advised.
+    /// Of this engine's pool, which has so many slots, keeps so much of each memory, and has not been used: it is advised.
     ///
     /// # Errors
     /// As [`engine::memories`].
-    pub fn of(engine: &Engine, needs: &Needs, mem_max: u64, slots: u32) -> wasmtime::Result<Self> {
+    pub fn of(engine: &Engine, needs: &Needs, mem_max: u64, slots: u32, resident: usize) -> wasmtime::Result<Self> {
         let most = usize::try_from(mem_max).unwrap_or(usize::MAX);
         let memories = engine::memories(engine, slots.saturating_mul(needs.memories))?;
         let pages = Self { memories, most };
         if pages.memories.len() <= MEMORIES {
-            // Not below the first huge page: a release would clear its beginning, keep that, and give back the rest, for which
-            // the kernel has to split it.
-            let from = usize::try_from(needs.initial_memory).unwrap_or(usize::MAX).max(HUGE);
+            // Not below the first huge page, nor where something is kept: a release would clear a huge page's beginning, keep
+            // that, and give back the rest, for which the kernel has to split it.
+            let from = usize::try_from(needs.initial_memory).unwrap_or(usize::MAX).max(HUGE).max(resident);
             pages.advise(&pages.memories, from, Advice::LinuxHugepage);
         }
         Ok(pages)
