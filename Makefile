@@ -54,7 +54,7 @@ FLAGS := --release --locked
 BUILT := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-musl/release
 GUESTS_BUILT := $(CARGO_TARGET_DIR)/wasm32-wasip2/release/examples
 
-TOOLS  := gaia gaia-image gaia-qemu gaia-debug gaia-hostile
+TOOLS  := gaia gaia-image gaia-qemu gaia-debug gaia-hostile gaia-trivial
 # Each file beside lib.rs and build.rs is a guest. Cargo writes a guest's file with `_` where its name has `-`.
 GUESTS := $(filter-out lib build,$(notdir $(basename $(wildcard tests/branes/*.rs))))
 BRANES := $(foreach guest,$(GUESTS),out/branes/$(subst _,-,$(guest)).wasm)
@@ -119,7 +119,7 @@ fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser
 
 # Only what is named on the command line, so that the program's own defaults hold.
 .PHONY: bench
-bench: setup out/bin/gaia out/bin/gaia-bench $(BRANES) ## measure beside others, into bench/: QUICK=1, or ROUNDS=5 DURATION=3 CONCURRENCY=1,16,64
+bench: setup image out/bin/gaia-bench out/bin/gaia-trivial ## measure beside others, into bench/: QUICK=1, or ROUNDS=5 DURATION=3 CONCURRENCY=1,16,64
 	@cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture --ignored bench_
 	@out/bin/gaia-bench run --cache $(CACHE)/tools-bench $(if $(QUICK),--quick) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 		$(if $(DURATION),--duration $(DURATION)) $(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(BENCH)

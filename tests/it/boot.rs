@@ -1,12 +1,46 @@
 //! The appliance boots, shows what it did, serves, and ends in order.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gaia_image::cpio::{Archive, Kind};
-use gaia_qemu::{Machine, MachineBuilder};
-use gaia_tests::{ANSWER_WITHIN, Appliance, BOOT_WITHIN, Setup, kernel_complaints, out};
+use gaia_qemu::{Forward, Machine, MachineBuilder};
+use gaia_tests::{ANSWER_WITHIN, Appliance, BOOT_WITHIN, PORT, Setup, kernel_complaints, out};
 
 const SOON: Duration = Duration::from_secs(20);
+
+/// Would miss: an appliance whose start takes much longer than its kernel's. From power to the first answer of 200, over power to the first
+/// words of an init that does nothing, in turns.
+#[test]
+#[ignore = "measures"]
+fn bench_the_appliance_serves_soon_after_a_trivial_init_would_run() {
+    let mut archive = Archive::default();
+    archive.directory("dev", 0o755).unwrap();
+    archive.char_device("dev/console", 0o600, 5, 1).unwrap();
+    archive.file("init", 0o755, std::fs::read(out("bin/gaia-trivial")).unwrap()).unwrap();
+    let image = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&image, archive.to_bytes().unwrap()).unwrap();
+    // The same machine as the appliance's.
+    let trivial = MachineBuilder::new(out("bzImage")).initrd(image.path()).append(gaia_image::COMMAND_LINE);
+    let trivial = trivial.memory_mib(512).cpus(2).forward(Forward::to(PORT));
+    let mut all = [Vec::new(), Vec::new()];
+    for _ in 0..5 {
+        let began = Instant::now();
+        let machine = Machine::boot(&trivial).unwrap();
+        machine.console().wait_for("trivial: running", BOOT_WITHIN).unwrap();
+        all[0].push(began.elapsed().as_secs_f64());
+        drop(machine);
+        let began = Instant::now();
+        let appliance = Appliance::boot(&Setup::default().production()).unwrap();
+        assert_eq!(appliance.get("/hello").unwrap().status, 200);
+        all[1].push(began.elapsed().as_secs_f64());
+    }
+    let ratios: Vec<f64> = all[0].iter().zip(&all[1]).map(|(trivial, gaia)| gaia / trivial).collect();
+    let [trivial, gaia, ratio] = [all[0].clone(), all[1].clone(), ratios].map(|mut all| {
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    });
+    println!("{trivial:.2} s to a trivial init, {gaia:.2} s to the first 200: {ratio:.2}");
+}
 
 /// Would miss: an appliance that boots only with the tests' debug role, or whose console is dead, or that does not end.
 #[test]

@@ -14,6 +14,7 @@
     reason = "figures are shown with three digits"
 )]
 
+pub mod inside;
 pub mod instances;
 pub mod load;
 pub mod native;

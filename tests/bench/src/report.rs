@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
+use crate::inside::Inside;
 use crate::instances::{Cold, Row as Instances};
 use crate::numbers::{Sorted, median, ratio};
 use crate::plot::{Axis, Scale, Series, svg};
@@ -107,6 +108,8 @@ pub struct Report {
     pub instances: Vec<Instances>,
     /// How instances begin.
     pub cold: Vec<Cold>,
+    /// Each workload without a network, in one instance after the other.
+    pub released: Vec<(String, Inside)>,
     /// Requests/s of hyper with `hello`, by this load and by `wrk`, if that is installed.
     pub load_check: Option<(f64, f64)>,
     /// The goals.
@@ -271,6 +274,24 @@ impl Report {
                 two(cold.client_p99_us)
             );
         }
+        if !self.released.is_empty() {
+            out.push_str(
+                "\n| without a network | CPU µs each | page faults each | work p50 µs | p99 µs | release p50 µs | p99 µs |\n\
+                 |---|---|---|---|---|---|---|\n",
+            );
+        }
+        for (workload, inside) in &self.released {
+            let _ = writeln!(
+                out,
+                "| {workload} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} |",
+                inside.cpu_us,
+                inside.faults,
+                inside.work_p50_us,
+                inside.work_p99_us,
+                inside.release_p50_us,
+                inside.release_p99_us
+            );
+        }
         if !self.instances.is_empty() {
             out.push_str(
                 "\n| instances at a time | live | answered | resident KiB each | page tables KiB each | beyond 64 KiB touched | \
@@ -406,7 +427,7 @@ mod tests {
             sample("wasmtime", 16, 5.0),
         ];
         Report {
-            version: 1,
+            version: 2,
             machine: Machine {
                 time: 0,
                 processor: "p".into(),
@@ -427,6 +448,19 @@ mod tests {
             }],
             instances: vec![],
             cold: vec![],
+            released: vec![(
+                "json".into(),
+                Inside {
+                    requests: 1000,
+                    rate: 8000.0,
+                    cpu_us: 120.0,
+                    faults: 0.5,
+                    work_p50_us: 110.0,
+                    work_p99_us: 130.0,
+                    release_p50_us: 2.5,
+                    release_p99_us: 11.25,
+                },
+            )],
             load_check: Some((100.0, 90.0)),
             goals: vec![Goal { what: "w", goal: "g", measured: None, reached: None, reason: Some("because".into()) }],
             distribution: [("hyper".to_owned(), distribution(&samples[0].latencies))].into(),

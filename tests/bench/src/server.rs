@@ -22,6 +22,8 @@ use crate::workload::Workload;
 const READY_WITHIN: Duration = Duration::from_mins(1);
 /// What instances of a brane there may be at a time, and how many `wasmtime serve` may have in its pool.
 const INSTANCES: u32 = 128;
+/// How many of a pinned one. Each is a process, and they share one core: more of them only take turns.
+const PINNED: u32 = 4;
 
 /// A server, and how it is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -114,7 +116,22 @@ pub struct Graph {
 }
 
 impl Graph {
-    fn manifest(&self) -> String {
+    /// That of a workload's brane.
+    #[must_use]
+    pub fn of(workload: Workload, lifecycle: &'static str, replicas: u32) -> Self {
+        let script = matches!(workload, Workload::JavaScript | Workload::Python);
+        Self {
+            name: workload.name().into(),
+            lifecycle,
+            replicas,
+            mem_max: if script { "256 MiB" } else { "64 MiB" },
+            grants: if script { FOR_ENGINES } else { "" },
+        }
+    }
+
+    /// The graph as it is written.
+    #[must_use]
+    pub fn manifest(&self) -> String {
         let Self { name, lifecycle, replicas, mem_max, grants } = self;
         format!(
             "[brane.{name}]\ntier = \"standard\"\nimage = \"file:./{name}.wasm\"\nreplicas = {replicas}\n\
@@ -165,14 +182,8 @@ impl Kind {
                 Server::spawn(command, to, &[place.server], tempfile::tempdir()?)?
             }
             Self::GaiaEphemeral | Self::GaiaPooled | Self::GaiaPinned | Self::GaiaOneCore => {
-                let script = matches!(workload, Workload::JavaScript | Workload::Python);
-                let graph = Graph {
-                    name: workload.name().into(),
-                    lifecycle: self.lifecycle().unwrap_or_default(),
-                    replicas: INSTANCES,
-                    mem_max: if script { "256 MiB" } else { "64 MiB" },
-                    grants: if script { FOR_ENGINES } else { "" },
-                };
+                let replicas = if self == Self::GaiaPinned { PINNED } else { INSTANCES };
+                let graph = Graph::of(workload, self.lifecycle().unwrap_or_default(), replicas);
                 let component = place.component(workload)?;
                 let mut server = gaia(&graph, &component, place, self == Self::GaiaOneCore)?;
                 if self != Self::GaiaOneCore {

@@ -48,8 +48,7 @@ impl Workload {
     /// Its request to this server.
     #[must_use]
     pub fn request(self, to: SocketAddr) -> Request {
-        let body = if self == Self::Json { document() } else { String::new() };
-        let wanted = worked(self.name(), body.as_bytes());
+        let (body, wanted) = self.exchange();
         let bytes = if body.is_empty() {
             format!("GET /{} HTTP/1.1\r\nHost: {to}\r\n\r\n", self.name())
         } else {
@@ -59,7 +58,15 @@ impl Workload {
                 "POST /json HTTP/1.1\r\nHost: {to}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n{body}"
             )
         };
-        Request { to, bytes: bytes.into_bytes(), wanted }
+        Request { to, bytes: bytes.into_bytes(), wanted: Some(wanted) }
+    }
+
+    /// The request's body and the answer's.
+    #[must_use]
+    pub fn exchange(self) -> (String, Vec<u8>) {
+        let body = if self == Self::Json { document() } else { String::new() };
+        let wanted = worked(self.name(), body.as_bytes()).unwrap_or_default();
+        (body, wanted)
     }
 }
 
