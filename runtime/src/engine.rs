@@ -187,7 +187,7 @@ mod tests {
             let needs = Needs { memories, ..needs(data_end, initial_memory) };
             let kept = resident(&needs, slots, share) as u64;
             prop_assert!(kept <= RESIDENT || kept * u64::from(slots) * u64::from(memories) <= share);
-            prop_assert!(kept <= MOST_RESIDENT && kept % 4096 == 0);
+            prop_assert!(kept <= MOST_RESIDENT && kept.is_multiple_of(4096));
         }
     }
 }

@@ -274,24 +274,7 @@ impl Report {
                 two(cold.client_p99_us)
             );
         }
-        if !self.released.is_empty() {
-            out.push_str(
-                "\n| without a network | CPU µs each | page faults each | work p50 µs | p99 µs | release p50 µs | p99 µs |\n\
-                 |---|---|---|---|---|---|---|\n",
-            );
-        }
-        for (workload, inside) in &self.released {
-            let _ = writeln!(
-                out,
-                "| {workload} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} |",
-                inside.cpu_us,
-                inside.faults,
-                inside.work_p50_us,
-                inside.work_p99_us,
-                inside.release_p50_us,
-                inside.release_p99_us
-            );
-        }
+        self.without_a_network(&mut out);
         if !self.instances.is_empty() {
             out.push_str(
                 "\n| instances at a time | live | answered | resident KiB each | page tables KiB each | beyond 64 KiB touched | \
@@ -330,6 +313,27 @@ impl Report {
             let _ = writeln!(out, "- {} with {}: {}", absent.server, absent.workload, absent.reason);
         }
         out
+    }
+
+    fn without_a_network(&self, out: &mut String) {
+        if !self.released.is_empty() {
+            out.push_str(
+                "\n| without a network | CPU µs each | page faults each | work p50 µs | p99 µs | release p50 µs | p99 µs |\n\
+                 |---|---|---|---|---|---|---|\n",
+            );
+        }
+        for (workload, inside) in &self.released {
+            let _ = writeln!(
+                out,
+                "| {workload} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} |",
+                inside.cpu_us,
+                inside.faults,
+                inside.work_p50_us,
+                inside.work_p99_us,
+                inside.release_p50_us,
+                inside.release_p99_us
+            );
+        }
     }
 
     fn plots(&self) -> [(&'static str, String); 4] {
