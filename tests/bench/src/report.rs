@@ -306,13 +306,17 @@ impl Report {
             let reached = goal.reached.map_or("", |reached| if reached { "yes" } else { "no" });
             let _ = writeln!(out, "| {} | {} | {measured} | {reached} |", goal.what, goal.goal);
         }
+        self.not_measured(&mut out);
+        out
+    }
+
+    fn not_measured(&self, out: &mut String) {
         if !self.absent.is_empty() {
             out.push_str("\nNot measured:\n\n");
         }
         for absent in &self.absent {
             let _ = writeln!(out, "- {} with {}: {}", absent.server, absent.workload, absent.reason);
         }
-        out
     }
 
     fn without_a_network(&self, out: &mut String) {
