@@ -47,7 +47,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Boots a machine on this terminal. Ctrl-] quits.
-    Run(Run),
+    Run(Box<Run>),
     /// Says which QEMU would be used, whether with hardware virtualisation, and why.
     Probe,
 }

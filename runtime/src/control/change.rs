@@ -227,7 +227,7 @@ mod tests {
             digest: b.image.value.to_string(),
             artefact: String::new(),
             reservation: 0,
-            needs: plan::Needs { memories: 1, initial_memory: 0, tables: 0, table_elements: 0 },
+            needs: plan::Needs { memories: 1, initial_memory: 0, tables: 0, table_elements: 0, data_end: 0 },
             host: b.ingress.host.as_ref().map(ToString::to_string),
             path: b.ingress.path.clone(),
             grants: b.capabilities.iter().map(|g| g.capability.clone()).collect(),
