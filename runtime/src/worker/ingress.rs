@@ -105,6 +105,7 @@ pub(super) async fn accept(
                     until: Cell::default(),
                     at_work: Cell::default(),
                     last: Cell::default(),
+                    idle_since: Cell::new(std::time::Instant::now()),
                 };
                 let phase = phase.clone();
                 tokio::task::spawn_local(async move {
@@ -186,13 +187,21 @@ async fn http1(
     };
     if draining {
         // The next request may be on its way: it gets a moment, and its answer says that it is the last. To close at once would
-        // lose it, and the client could not know whether it was served.
+        // lose it, and the client could not know whether it was served. The same holds behind an answer that is on its way: its
+        // head may not have said so. One that has, hyper ends the connection behind by itself.
         connection.last.set(true);
-        let over = connection.at_work.get() == 0
-            && timeout(ONE_MORE_WITHIN, turns.before_others(Pin::new(&mut http))).await.is_ok();
-        if !over {
-            Pin::new(&mut http).graceful_shutdown();
-            let _ = turns.before_others(Pin::new(&mut http)).await;
+        connection.idle_since.set(std::time::Instant::now());
+        loop {
+            let idle = connection.idle_for();
+            if idle.is_some_and(|idle| idle >= ONE_MORE_WITHIN) {
+                Pin::new(&mut http).graceful_shutdown();
+                let _ = turns.before_others(Pin::new(&mut http)).await;
+                break;
+            }
+            let within = ONE_MORE_WITHIN.saturating_sub(idle.unwrap_or_default());
+            if timeout(within, turns.before_others(Pin::new(&mut http))).await.is_ok() {
+                break;
+            }
         }
     }
     let mut stream = http.into_parts().io.into_inner();

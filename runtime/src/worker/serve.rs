@@ -57,6 +57,8 @@ pub struct Connection {
     pub at_work: Cell<u32>,
     /// The worker drains: the next answer is the last one here, and says so.
     pub last: Cell<bool>,
+    /// While it drains: when it began to, or when the last answer since was over.
+    pub idle_since: Cell<Instant>,
 }
 
 /// Counts a request among those that a connection is at work on, until dropped.
@@ -72,10 +74,19 @@ impl AtWork {
 impl Drop for AtWork {
     fn drop(&mut self) {
         self.0.at_work.set(self.0.at_work.get() - 1);
+        if self.0.last.get() {
+            self.0.idle_since.set(Instant::now());
+        }
     }
 }
 
 impl Connection {
+    /// How long nothing has been asked here since the worker drains; nothing while something is.
+    #[must_use]
+    pub fn idle_for(&self) -> Option<Duration> {
+        (self.at_work.get() == 0).then(|| self.idle_since.get().elapsed())
+    }
+
     /// A stream of this connection, which ends by itself when an answer breaks off.
     #[must_use]
     pub fn stream(&self, until: Instant) -> Self {
@@ -88,6 +99,7 @@ impl Connection {
             until: Cell::new(Some(until)),
             at_work: Cell::default(),
             last: Cell::default(),
+            idle_since: Cell::new(until),
         }
     }
 }
