@@ -22,6 +22,9 @@ pub const MAX_BRANES: usize = crate::statistics::MAX_BRANES;
 pub struct Plan {
     /// Its number.
     pub generation: u32,
+    /// The graph of the store's history that becomes the current one when this serves; none, if that changes nothing there.
+    #[serde(default)]
+    pub graph: Option<u64>,
     /// How many workers share the replicas.
     pub workers: u32,
     /// The branes, in the order of their statistics.

@@ -321,15 +321,17 @@ fn agree(plan: &PlanReport, ends_states: bool) -> anyhow::Result<()> {
 }
 
 /// Has a graph of the history serve, and makes it the current one.
-async fn swapped(control: &Rc<Control>, planned: Planned, graph: &Graph, tell: &Tell) -> anyhow::Result<u32> {
+async fn swapped(control: &Rc<Control>, mut planned: Planned, graph: &Graph, tell: &Tell) -> anyhow::Result<u32> {
     let vault = control.vault.as_ref().context(NO_STORE)?;
+    let number = graph.number;
+    // So that a control which finds it serving knows what is current, should this one not come to keep that.
+    planned.plan.graph = Some(number);
     // The same graph again, under a new number perhaps: nothing needs to be started for that.
     if !planned.changes_nothing(control) {
         room(control, tell).await?;
         tell.doing("starting its workers");
         deploy::start(control, planned).await?;
     }
-    let number = graph.number;
     let kept = vault.with(move |store| store.set_current(number)).await;
     kept.with_context(|| {
         format!("graph {number} serves, but that could not be kept: a restart serves the one before")
@@ -337,6 +339,28 @@ async fn swapped(control: &Rc<Control>, planned: Planned, graph: &Graph, tell: &
     let generation = control.plan.borrow().as_ref().map_or(0, |plan| plan.generation);
     *control.trial.borrow_mut() = Some(Trial { graph: number, generation, since: Instant::now(), deaths: 0 });
     Ok(generation)
+}
+
+/// Makes the graph that serves the current one: a control before this one may have ended between the two. Whoever asked for it has
+/// no answer then, and it serves, so it is what is kept.
+pub(super) async fn settled(control: &Control) -> anyhow::Result<()> {
+    let Some(vault) = &control.vault else { return Ok(()) };
+    let Some(serves) = control.plan.borrow().as_ref().and_then(|plan| plan.graph) else { return Ok(()) };
+    let current = vault.store().current_number();
+    if current == Some(serves) {
+        return Ok(());
+    }
+    // The same graph under another number is started for nobody, and serves all the same.
+    if let Some(current) = vault.store().current()
+        && let Ok(planned) = deploy::planned(control, &of_history(&current)).await
+        && planned.changes_nothing(control)
+    {
+        return Ok(());
+    }
+    vault.with(move |store| store.set_current(serves)).await?;
+    let before = current.map_or_else(|| "none".to_owned(), |current| current.to_string());
+    control.say(&format!("graph {serves} serves and is the current one now; kept as that was {before}")).await;
+    Ok(())
 }
 
 /// Waits until there are few enough generations for another.
@@ -417,9 +441,10 @@ async fn taken_back(control: &Rc<Control>, graph: u64) -> anyhow::Result<u64> {
     let _changing = control.changing.lock().await;
     let (from, to) = before_current(control)?;
     anyhow::ensure!(from == graph, "graph {from} has been deployed since");
-    let planned = deploy::planned(control, &of_history(&to)).await?;
-    deploy::start(control, planned).await?;
+    let mut planned = deploy::planned(control, &of_history(&to)).await?;
     let number = to.number;
+    planned.plan.graph = Some(number);
+    deploy::start(control, planned).await?;
     control.vault.as_ref().context(NO_STORE)?.with(move |store| store.set_current(number)).await?;
     Ok(number)
 }

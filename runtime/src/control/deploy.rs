@@ -174,7 +174,7 @@ pub(super) async fn first(control: &Control) -> anyhow::Result<()> {
             return Ok(());
         }
     }
-    let plan = Plan { generation: 0, workers: control.workers_asked(), branes: Vec::new(), roots: String::new() };
+    let plan = Plan { workers: control.workers_asked(), ..Plan::default() };
     start(control, Planned { plan, ..Planned::default() }).await
 }
 
@@ -324,12 +324,8 @@ impl Keepers {
     fn of(key: &Key, brane: &plan::Brane, workers: u32, roots: &str) -> anyhow::Result<Self> {
         let sends = brane.grants.iter().any(|grant| matches!(grant, Capability::Http(_)));
         let alone = plan::Brane { image: String::new(), host: None, path: "/".into(), replicas: 1, ..brane.clone() };
-        let plan = Plan {
-            generation: 0,
-            workers: 0,
-            branes: vec![alone],
-            roots: if sends { roots.to_owned() } else { String::new() },
-        };
+        let roots = if sends { roots.to_owned() } else { String::new() };
+        let plan = Plan { branes: vec![alone], roots, ..Plan::default() };
         let identity = key.word(&serde_json::to_vec(&plan)?);
         Ok(Self { replicas: brane.replicas, identity, plan: Plan { workers, ..plan } })
     }
@@ -475,7 +471,7 @@ pub(super) async fn planned(control: &Control, asked: &Asked<'_>) -> anyhow::Res
         brane.keeper = Some(of_it.identity.clone());
         keepers.push(of_it);
     }
-    let plan = Plan { generation: 0, workers, branes, roots };
+    let plan = Plan { workers, branes, roots, ..Plan::default() };
     Ok(Planned { plan, keepers, artefacts, images, warnings, compiled: fresh })
 }
 
@@ -680,7 +676,7 @@ mod tests {
     fn planned(key: &Key, mut brane: plan::Brane, roots: &str) -> Plan {
         brane.keeper = Some(Keepers::of(key, &brane, 2, roots).unwrap().identity);
         brane.secrets.clear();
-        Plan { generation: 1, workers: 2, branes: vec![brane], roots: String::new() }
+        Plan { generation: 1, workers: 2, branes: vec![brane], ..Plan::default() }
     }
 
     type Change = fn(&mut plan::Brane);

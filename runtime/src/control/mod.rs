@@ -259,7 +259,10 @@ impl Control {
         self.cores.set(found.workers);
         self.newest.set(found.newest);
         match found.generation {
-            Some(generation) => self.take_over(generation, std::mem::take(&mut found.files)).await?,
+            Some(generation) => {
+                self.take_over(generation, std::mem::take(&mut found.files)).await?;
+                delivery::settled(self).await.context("which graph is current could not be kept")?;
+            }
             None => deploy::first(self).await?,
         }
         drop(changing);
