@@ -427,6 +427,8 @@ pub(super) async fn planned(control: &Control, asked: &Asked<'_>) -> anyhow::Res
     let manifest = gaia_manifest::parse(text).map_err(|wrong| refused(name, text, &wrong))?;
     let mut said = review::unsupported(&manifest);
     let (compiled, failed, fresh) = compile_all(control, asked, &manifest, workers).await;
+    // Components and machine code are verified when they are read.
+    control.say_findings().await;
     said.extend(failed);
     let source = control.source.as_ref();
     let secrets = source.map(Source::secrets).transpose()?.unwrap_or_default();

@@ -312,6 +312,15 @@ impl Control {
         }
     }
 
+    /// Says what the store has found to be wrong since this was called before.
+    async fn say_findings(&self) {
+        for finding in self.vault.iter().flat_map(|vault| vault.store().findings()) {
+            let words = format!("store: {finding}");
+            self.say(&words).await;
+            self.words.borrow_mut().push(words);
+        }
+    }
+
     fn ticket(&self) -> u32 {
         let ticket = self.tickets.get();
         self.tickets.set(ticket.wrapping_add(1));
