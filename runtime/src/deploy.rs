@@ -92,7 +92,7 @@ fn deploy(
         out.flush()?;
     }
     if !yes && !plan.ends.is_empty() {
-        ensure!(agreed("the states of pinned instances end")?, "nothing is changed");
+        ensure!(agreed(&format!("it {}", plan.ends.join("; it ")))?, "nothing is changed");
         asked.ends_states = true;
     }
     // What was shown is what is agreed to.
@@ -123,7 +123,7 @@ fn component(path: &Path) -> anyhow::Result<Bytes> {
 /// Asks on the terminal; where there is none, that is an error which says what to do.
 fn agreed(what: &str) -> anyhow::Result<bool> {
     if !io::stdin().is_terminal() {
-        bail!("{what}: agree with --yes");
+        bail!("nothing is changed: {what}; that has to be agreed to: --yes");
     }
     let mut error = io::stderr();
     write!(error, "{what}. Go on? [y/N] ")?;
