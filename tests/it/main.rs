@@ -7,6 +7,7 @@ mod boot;
 mod capabilities;
 mod costs;
 mod density;
+mod deploy;
 mod disk;
 mod egress;
 mod hostile;

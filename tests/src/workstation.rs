@@ -109,6 +109,14 @@ impl Folder {
         Ok(std::fs::write(self.path().join("g.zgraph.toml"), graph)?)
     }
 
+    /// Writes another file beside the manifest.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn put(&self, name: &str, bytes: impl AsRef<[u8]>) -> Result<()> {
+        Ok(std::fs::write(self.path().join(name), bytes)?)
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(out("bin/gaia"));
         command.args(arguments).arg("g.zgraph.toml").current_dir(self.path()).env("XDG_RUNTIME_DIR", self.path());
@@ -179,13 +187,32 @@ impl Run {
         Ok(http::get(self.port, path, ANSWER_WITHIN)?)
     }
 
-    /// Asks its API: `status`, `ps`.
+    /// A command to it, in its folder and without a terminal: `deploy v1.toml`.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(out("bin/gaia"));
+        command.arg("--api").arg(self.socket()).args(arguments).current_dir(&self.folder).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs such a command: status, standard output and error.
     ///
     /// # Errors
-    /// If it does not answer.
+    /// If it cannot be started.
+    pub fn gaia(&self, arguments: &[&str]) -> Result<(ExitStatus, String, String)> {
+        let output = self.command(arguments).output()?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok((output.status, text(output.stdout), text(output.stderr)))
+    }
+
+    /// Asks its API: `status`, `ps`, `graphs`; or has it change something, and reads what came of it.
+    ///
+    /// # Errors
+    /// If it does not answer, with what it said.
     pub fn ask(&self, what: &str) -> Result<Value> {
-        let output = Command::new(out("bin/gaia")).arg("--api").arg(self.socket()).args(["--json", what]).output()?;
-        serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+        let arguments: Vec<&str> = ["--json"].into_iter().chain(what.split(' ')).collect();
+        let (_, output, error) = self.gaia(&arguments)?;
+        serde_json::from_str(&output).with_context(|| error)
     }
 
     /// Where its API listens.
