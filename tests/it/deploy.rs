@@ -313,7 +313,8 @@ impl Wrk {
         let requests = said.lines().find_map(|l| l.trim().split_once(" requests in ")?.0.parse().ok());
         let failed = |line: &&str| line.contains("Socket errors") || line.contains("Non-2xx");
         let failed = said.lines().filter(failed).map(str::to_owned).collect();
-        (requests.unwrap_or_else(|| panic!("no report of wrk: {said}")), failed)
+        assert!(requests.is_some(), "no report of wrk: {said}");
+        (requests.unwrap(), failed)
     }
 }
 
@@ -422,9 +423,11 @@ fn deploys_under_load_lose_nothing_mix_nothing_and_leave_nothing_behind() {
         }
         let load = [Wrk::start(port, &["-c4"]), Wrk::start(port, &["-c2", "-HConnection: close"])];
         for number in 1..=rounds {
-            let image = ["file:./version.wasm", "file:./other.wasm"][number as usize % 2];
+            let image = ["file:./version.wasm", "file:./other.wasm"][usize::from(number % 2 == 1)];
             let file = "next.zgraph.toml";
-            folder.put(file, versioned(number, image, shapes[number as usize / 2 % shapes.len()])).unwrap();
+            folder
+                .put(file, versioned(number, image, shapes[usize::try_from(number / 2).unwrap() % shapes.len()]))
+                .unwrap();
             ledger.begun.store(number, SeqCst);
             let done = deploy(&run, file).unwrap();
             ledger.done.store(number, SeqCst);
@@ -518,7 +521,7 @@ fn whatever_is_killed_in_a_deploy_one_graph_serves_and_it_is_the_one_that_is_kep
             scope.spawn(|| ask_over_1(port, &ledger, false, Duration::ZERO));
         }
         for number in 1..=rounds {
-            let which = (number % 3) as usize;
+            let which = usize::try_from(number % 3).unwrap();
             let role_of = ["control", "worker", "compile"][which];
             let (file, mut image) = (format!("v{number}.toml"), "version.wasm".to_owned());
             // A compiler is there when there is something to compile.
@@ -537,7 +540,7 @@ fn whatever_is_killed_in_a_deploy_one_graph_serves_and_it_is_the_one_that_is_kep
             let victim = loop {
                 let all = children(run.pid(), role_of);
                 if !all.is_empty() {
-                    break Some(all[chance.below(all.len() as u64) as usize]);
+                    break Some(all[usize::try_from(chance.below(all.len() as u64)).unwrap()]);
                 }
                 if deploying.try_wait().unwrap().is_some() {
                     break None;
