@@ -18,6 +18,7 @@ mod limits;
 mod memory;
 mod pages;
 mod pinned;
+mod power;
 mod remote;
 mod requests;
 mod run;

@@ -23,13 +23,13 @@ const SIGKILL: i32 = 9;
 const FROM: &str = "10.0.2.2";
 
 /// Somebody with a key, and what `gaia` keeps of theirs.
-struct Person {
-    folder: tempfile::TempDir,
+pub(crate) struct Person {
+    pub(crate) folder: tempfile::TempDir,
     key: PublicKey,
 }
 
 impl Person {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let made = gaia(&folder, &["key"]);
         assert!(made.status.success(), "{}", said(&made));
@@ -43,13 +43,13 @@ impl Person {
         self.folder.path().join("gaia").join(name)
     }
 
-    fn on(&self, port: u16, arguments: &[&str]) -> Output {
+    pub(crate) fn on(&self, port: u16, arguments: &[&str]) -> Output {
         let on = format!("127.0.0.1:{port}");
         gaia(&self.folder, &[&["--on", &on], arguments].concat())
     }
 
     /// What the command prints; it must end well.
-    fn does(&self, port: u16, arguments: &[&str]) -> String {
+    pub(crate) fn does(&self, port: u16, arguments: &[&str]) -> String {
         let output = self.on(port, arguments);
         assert!(output.status.success(), "{arguments:?}: {}", said(&output));
         String::from_utf8(output.stdout).unwrap()
@@ -83,8 +83,13 @@ fn said(output: &Output) -> String {
 
 /// An appliance that is operated by `ann`, and the key that stands on its console.
 fn operated_by(ann: &Person) -> (Appliance, PublicKey) {
+    started_for(ann, Setup::default())
+}
+
+/// The same with more to it.
+pub(crate) fn started_for(ann: &Person, setup: Setup) -> (Appliance, PublicKey) {
     let settings = format!("{SETTINGS}\n[operators]\nann = \"{}\"\n", ann.key);
-    let appliance = Appliance::start(&Setup::default().settings(settings)).unwrap();
+    let appliance = Appliance::start(&setup.settings(settings)).unwrap();
     let line = appliance.line("control: key ed25519:", BOOT_WITHIN).unwrap();
     let key = line.split(' ').find(|word| word.starts_with("ed25519:")).unwrap().parse().unwrap();
     appliance.line("control: answers ann on port 7250", ANSWER_WITHIN).unwrap();

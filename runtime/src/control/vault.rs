@@ -19,6 +19,8 @@ use crate::engine;
 
 /// The record with what control vouches for machine code with.
 const KEY: &str = "artefact-key";
+/// What the store may grow to on the largest disk, in bytes.
+const MOST: u64 = 16 << 30;
 /// How long a component that nothing refers to yet is kept: whoever pushed it is about to deploy it.
 const FRESH: Duration = Duration::from_mins(15);
 
@@ -36,7 +38,10 @@ impl Vault {
     /// # Errors
     /// As [`Store::open`].
     pub(super) fn open(directory: &OwnedFd) -> Result<(Self, Vec<Finding>), gaia_store::Error> {
-        let limits = Limits { component_bytes: MAX_COMPONENT, artefact_bytes: MAX_ARTEFACT, ..Limits::default() };
+        let disk = rustix::fs::fstatfs(directory).map_or(MOST, |s| s.f_blocks.saturating_mul(s.f_bsize.unsigned_abs()));
+        let bytes = disk.min(MOST);
+        let limits =
+            Limits { bytes, component_bytes: MAX_COMPONENT, artefact_bytes: MAX_ARTEFACT, ..Limits::default() };
         let (store, findings) = Store::open(directory, limits)?;
         Ok((Self { store: Arc::new(store), fresh: Arc::default() }, findings))
     }

@@ -644,10 +644,11 @@ fn keep(folder: &OwnedFd) -> Result<String, (&'static str, rustix::io::Errno)> {
     let (rw, dir) =
         (OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC, OFlags::DIRECTORY | OFlags::CLOEXEC);
     let mode = Mode::RUSR | Mode::WUSR;
-    f::flock(folder, FlockOperation::NonBlockingLockExclusive).map_err(at("flock"))?;
     f::mkdirat(folder, "hostile", Mode::RWXU).map_err(at("mkdirat"))?;
     let own = f::openat(folder, "hostile", dir, Mode::empty()).map_err(at("openat of a folder"))?;
     let file = f::openat(&own, "new", rw, mode).map_err(at("openat to make a file"))?;
+    // Not the folder: the store has locked that.
+    f::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(at("flock"))?;
     f::fallocate(&file, FallocateFlags::empty(), 0, 8192).map_err(at("fallocate"))?;
     rustix::io::write(&file, b"written").map_err(at("write"))?;
     rustix::io::pwrite(&file, b"W", 0).map_err(at("pwrite"))?;
