@@ -63,7 +63,7 @@ fn what_was_deployed_outlives_a_power_cut_at_any_moment() {
         begun = Some(names[at + 1].clone());
         let cut = std::thread::scope(|scope| {
             let deploy = scope.spawn(|| ann.on(port, &["deploy", &graphs[at + 1]]));
-            std::thread::sleep(Duration::from_millis((round + 1).wrapping_mul(2_654_435_761) % 2500));
+            std::thread::sleep(Duration::from_millis((round + 1).wrapping_mul(2_654_435_761) % 500));
             let answered = deploy.is_finished();
             let cut = disk.cut(round).unwrap();
             appliance.machine().kill().unwrap();

@@ -81,7 +81,8 @@ impl Pace {
             self.left -= 1.0;
             return Ok(());
         }
-        Err(Duration::from_secs_f64((1.0 - self.left) / self.each_second))
+        // Never nothing, however little is missing.
+        Err(Duration::from_secs_f64((1.0 - self.left) / self.each_second).max(Duration::from_nanos(1)))
     }
 }
 
