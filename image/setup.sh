@@ -33,7 +33,7 @@ readonly PACKAGES_RUN=(
 readonly PACKAGES_CHECK=(
     g++  # libFuzzer, which drives the fuzz targets
     curl # the request a person makes
-    wrk  # what `make bench` holds its own load against
+    wrk  # load while a graph is deployed, and what `make bench` holds its own against
     docker-registry # what components are pushed to and pulled from; the tests start their own, and Debian's service is not needed
 )
 readonly TARGETS=(x86_64-unknown-linux-musl wasm32-wasip2)

@@ -31,7 +31,7 @@ struct Cli {
     /// The socket of the appliance's control
     #[arg(long, global = true, env = "GAIA_API", default_value = DEFAULT_SOCKET)]
     api: PathBuf,
-    /// The appliance, over the network: its name in hosts.toml, HOST, HOST:PORT or [ADDRESS]:PORT
+    /// The appliance, over the network: its name in hosts.toml, HOST or HOST:PORT, an IPv6 address in brackets
     #[arg(long, global = true, value_name = "HOST", env = "GAIA_ON")]
     on: Option<String>,
     /// With --on, for an appliance that is not known yet: take it if this is the key that it shows

@@ -241,7 +241,7 @@ impl Measuring {
     }
 }
 
-/// What a process does that is to be told when to begin: the other end of [`Measuring`].
+/// What a process does that is to be told when to begin: the other end of `Measuring`.
 ///
 /// # Errors
 /// If nobody tells.
