@@ -176,7 +176,7 @@ pub(super) async fn rollback(control: Rc<Control>, caller: Rc<Caller>, request: 
         let began = Instant::now();
         let (from, to) = before_current(&control)?;
         tell.doing(&format!("planning graph {}, which served before graph {from}", to.number));
-        let planned = deploy::planned(&control, &of_history(&to)).await?;
+        let planned = deploy::planned(&control, &Asked::again(&to)).await?;
         let plan = report(&control, &planned, began);
         agree(&plan, asked.ends_states)?;
         let generation = swapped(&control, planned, &to, tell).await?;
@@ -352,7 +352,7 @@ pub(super) async fn settled(control: &Control) -> anyhow::Result<()> {
     }
     // The same graph under another number is started for nobody, and serves all the same.
     if let Some(current) = vault.store().current()
-        && let Ok(planned) = deploy::planned(control, &of_history(&current)).await
+        && let Ok(planned) = deploy::planned(control, &Asked::again(&current)).await
         && planned.changes_nothing(control)
     {
         return Ok(());
@@ -387,10 +387,6 @@ fn before_current(control: &Control) -> anyhow::Result<(u64, std::sync::Arc<Grap
     let from = store.current_number().context("no graph has been deployed, so there is no way back from it")?;
     let to = store.previous_of_current();
     Ok((from, to.with_context(|| format!("there is no graph before graph {from}, or it is not kept any more"))?))
-}
-
-fn of_history(graph: &Graph) -> Asked<'_> {
-    Asked { shown: &graph.file, text: graph.manifest.clone(), images: Some(&graph.images) }
 }
 
 /// Keeps what became of a graph. That it cannot be kept is no reason to stop.
@@ -441,7 +437,7 @@ async fn taken_back(control: &Rc<Control>, graph: u64) -> anyhow::Result<u64> {
     let _changing = control.changing.lock().await;
     let (from, to) = before_current(control)?;
     anyhow::ensure!(from == graph, "graph {from} has been deployed since");
-    let mut planned = deploy::planned(control, &of_history(&to)).await?;
+    let mut planned = deploy::planned(control, &Asked::again(&to)).await?;
     let number = to.number;
     planned.plan.graph = Some(number);
     deploy::start(control, planned).await?;

@@ -186,8 +186,7 @@ async fn words(control: &Control, words: String) {
 
 /// Starts a graph of the store's history as it was.
 pub(super) async fn again(control: &Control, graph: &Graph) -> anyhow::Result<()> {
-    let asked = Asked { shown: &graph.file, text: graph.manifest.clone(), images: Some(&graph.images) };
-    let planned = planned(control, &asked).await?;
+    let planned = planned(control, &Asked::again(graph)).await?;
     planned.warn(control).await;
     start(control, planned).await
 }
@@ -371,6 +370,11 @@ pub(super) struct Asked<'a> {
 }
 
 impl<'a> Asked<'a> {
+    /// A graph of the store's history, as it was.
+    pub(super) fn again(graph: &'a Graph) -> Self {
+        Self { shown: &graph.file, text: graph.manifest.clone(), images: Some(&graph.images) }
+    }
+
     fn of(source: &'a Source) -> anyhow::Result<Self> {
         let name = source.shown.as_str();
         let text = match source.read(&source.graph, gaia_manifest::MAX_BYTES as u64) {
