@@ -2,7 +2,8 @@
 //!
 //! QEMU writes a file of its own host whether the guest flushes or not; a real disk does not. This one keeps every write in a
 //! volatile list until the guest flushes, and when its power is cut each write on that list has survived, is lost, or is torn,
-//! by chance from a seed.
+//! by chance from a seed. It cuts its power when it is told to, or by itself at the n-th write from now on: then there is one
+//! that was not flushed.
 //!
 //! ```text
 //! guest ── virtio-blk ── QEMU ── NBD, Unix socket ──▶ current  what a read sees
@@ -34,6 +35,7 @@ use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use gaia_qemu::Drive;
 
@@ -64,6 +66,12 @@ struct Medium {
     current: Vec<u8>,
     durable: Vec<u8>,
     volatile: Vec<(usize, Vec<u8>)>,
+    /// Writes since it was made.
+    writes: usize,
+    /// The power goes at the write with this number, and what is lost is by this seed.
+    armed: Option<(usize, u64)>,
+    /// What the power left, until somebody takes it.
+    left: Option<(Vec<u8>, Losses)>,
     cut: bool,
 }
 
@@ -80,7 +88,8 @@ pub struct Losses {
 
 impl Medium {
     fn new(bytes: Vec<u8>) -> Self {
-        Self { current: bytes.clone(), durable: bytes, volatile: Vec::new(), cut: false }
+        let (volatile, writes, armed, left) = (Vec::new(), 0, None, None);
+        Self { current: bytes.clone(), durable: bytes, volatile, writes, armed, left, cut: false }
     }
 
     /// The range of a request, if it is one of this disk's.
@@ -108,6 +117,19 @@ impl Medium {
                 }
             }
         }
+    }
+
+    /// A write that a client asks for. Whether it may be answered: not if the power goes at it, and then it is one of those that
+    /// were not flushed, whatever the client wanted.
+    fn asked_to_write(&mut self, at: usize, bytes: Vec<u8>, durable: bool) -> bool {
+        self.writes += 1;
+        let seed = self.armed.filter(|(number, _)| *number <= self.writes).map(|(_, seed)| seed);
+        self.write(at, bytes, durable && seed.is_none());
+        if let Some(seed) = seed {
+            let left = self.power_off(seed);
+            self.left = Some(left);
+        }
+        seed.is_none()
     }
 
     fn flush(&mut self) {
@@ -208,7 +230,34 @@ impl Disk {
         locked(&self.shared.medium).volatile.len()
     }
 
-    /// Cuts the power: from this moment on nothing is answered, so that the machine learns nothing more, and the surviving
+    /// How many writes there were.
+    #[must_use]
+    pub fn writes(&self) -> usize {
+        locked(&self.shared.medium).writes
+    }
+
+    /// Has the power go by itself at the n-th write from now on, 1 being the next: as [`Disk::cut`] does, which gives what is left
+    /// then. That write is one of those that were not flushed.
+    pub fn arm(&self, n: usize, seed: u64) {
+        let mut medium = locked(&self.shared.medium);
+        medium.armed = Some((medium.writes + n.max(1), seed));
+    }
+
+    /// Waits until the power has gone by itself, or `over` says that it will not, and says which.
+    pub fn has_cut_itself(&self, within: Duration, over: impl Fn() -> bool) -> bool {
+        let deadline = Instant::now() + within;
+        loop {
+            // In this order: what was over before it was looked at has made all its writes.
+            let is_over = over() || Instant::now() >= deadline;
+            let cut = locked(&self.shared.medium).left.is_some();
+            if cut || is_over {
+                return cut;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Cuts the power, if it has not gone by itself: from this moment on nothing is answered, so that the machine learns nothing more, and the surviving
     /// bytes are in a file. The same seed, after the same requests, gives the same bytes. The machine is to be killed then.
     ///
     /// # Errors
@@ -216,10 +265,11 @@ impl Disk {
     pub fn cut(&self, seed: u64) -> io::Result<Cut> {
         let (bytes, losses) = {
             let mut medium = locked(&self.shared.medium);
-            if medium.cut {
-                return Err(io::Error::other("its power was cut before"));
+            match medium.left.take() {
+                Some(left) => left,
+                None if medium.cut => return Err(io::Error::other("its power was cut before")),
+                None => medium.power_off(seed),
             }
-            medium.power_off(seed)
         };
         let file = tempfile::Builder::new().prefix("gaia-data-").tempfile()?;
         file.as_file().set_len(bytes.len() as u64)?;
@@ -375,10 +425,11 @@ fn answer(medium: &mut Medium, request: &Request, bytes: Vec<u8>) -> Option<(u32
     let Some(range) = medium.range(request.offset, request.length) else { return Some((outside, Vec::new())) };
     match request.kind {
         0 => return Some((0, medium.current[range].to_vec())),
-        1 => medium.write(range.start, bytes, durable),
+        1 if !medium.asked_to_write(range.start, bytes, durable) => return None,
         3 => medium.flush(),
         // What was trimmed may be anything; zeros show who reads it.
-        4 | 6 => medium.write(range.start, vec![0; range.len()], durable),
+        4 | 6 if !medium.asked_to_write(range.start, vec![0; range.len()], durable) => return None,
+        1 | 4 | 6 => {}
         _ => return Some((EINVAL, Vec::new())),
     }
     Some((0, Vec::new()))
@@ -485,6 +536,24 @@ mod tests {
         assert_eq!(answered(&medium, &said.concat())[28..], [reply(22, b""), reply(28, b""), reply(22, b"")].concat());
         medium.lock().unwrap().power_off(1);
         assert_eq!(answered(&medium, &[hello(), sent(3, 0, 0, 0, b"")].concat()).len(), 28, "no answer without power");
+    }
+
+    #[test]
+    fn the_power_goes_at_the_write_that_it_is_to_go_at() {
+        for n in 1..=4 {
+            let medium = Mutex::new(Medium::new(vec![0; SIZE]));
+            let write = |at: u8| sent(1, u16::from(at == 3), u64::from(at) * 512, 1, &[at]);
+            answered(&medium, &[hello(), write(1), sent(3, 0, 0, 0, b"")].concat());
+            medium.lock().unwrap().armed = Some((1 + n, 7));
+            let said = answered(&medium, &[hello(), write(2), write(3), write(4), write(5), write(6)].concat());
+            assert_eq!((said.len() - 28) / 16, n - 1, "no answer to what it goes at");
+            let (disk, losses) = medium.lock().unwrap().left.take().unwrap();
+            // The write with FUA is one that was not flushed only if the power goes at it.
+            let volatile = n - usize::from(n > 2);
+            assert_eq!(losses.survived + losses.lost + losses.torn, volatile, "{losses:?}");
+            assert_eq!((disk[512], disk[6 * 512]), (1, 0));
+            assert!(n <= 2 || disk[3 * 512] == 3);
+        }
     }
 
     #[test]
