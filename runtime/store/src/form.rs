@@ -46,6 +46,10 @@ pub struct Graph {
     pub at_ns: u64,
     /// What became of it, if somebody noted that.
     pub outcome: Option<String>,
+    /// Which change of what is current made it so last, counted from 1; none, if it never was. If both copies of `current` are lost,
+    /// this says what they said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_current: Option<u64>,
 }
 
 /// The file `current`.
@@ -137,7 +141,10 @@ pub(crate) fn graph(number: u64, body: &[u8]) -> Result<Graph, String> {
         return Err(format!("it says that it is graph {}", graph.number));
     }
     follows(number, graph.previous)?;
-    Ok(graph)
+    match graph.made_current {
+        Some(change) if !(1..=NUMBER_MAX).contains(&change) => Err(format!("there is no change {change}")),
+        _ => Ok(graph),
+    }
 }
 
 /// The number in the name of a graph's file.

@@ -267,6 +267,8 @@ impl fmt::Display for Subject {
 pub enum Outcome {
     /// Mended from its copy.
     Restored,
+    /// Both copies were lost, and other files say what they said.
+    Recovered,
     /// It is no longer in the store: a component may be pushed or fetched again, an artefact is compiled anew.
     Lost,
     /// It was never the store's.
@@ -290,6 +292,7 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let outcome = match self.outcome {
             Outcome::Restored => "restored from its copy",
+            Outcome::Recovered => "recovered from the history",
             Outcome::Lost => "lost",
             Outcome::Foreign => "none of the store's",
         };
@@ -698,24 +701,25 @@ impl Store {
         }
         let previous = state.current.map(|current| current.number);
         let NewGraph { manifest, file, images, by, at_ns } = new;
-        write_graph(&mut state, Graph { number, previous, manifest, file, images, by, at_ns, outcome: None })?;
+        let (outcome, made_current) = (None, None);
+        write_graph(&mut state, Graph { number, previous, manifest, file, images, by, at_ns, outcome, made_current })?;
         state.next = number + 1;
         // The new one is durable, so it is acknowledged even if an old one cannot be dropped.
         let _ = drop_old_graphs(&mut state, number);
         Ok(number)
     }
 
-    /// Makes a graph the current one: the acknowledgement of a deploy, or of a way back. Durable when it returns.
+    /// Makes a graph the current one: the acknowledgement of a deploy, or of a way back. Durable when it returns, and the graph's own
+    /// file says so, too, if there is room to write that.
     ///
     /// # Errors
     /// [`Error::NoGraph`], [`Error::Full`], [`Error::Unsettled`], [`Error::Io`]
     pub fn set_current(&self, number: u64) -> Result<(), Error> {
         let mut state = self.state();
         let previous = state.graphs.get(&number).ok_or(Error::NoGraph(number))?.previous;
-        let current = Current { number, previous };
-        let file = form::sealed_json(Dir::Root, CURRENT, &current).map_err(unwritable)?;
-        state.replace(Dir::Root, CURRENT, &file)?;
-        state.current = Some(current);
+        replace_current(&mut state, Current { number, previous })?;
+        // It is current, so it is acknowledged even if that cannot be written; the next to open the store tries again.
+        let _ = tell_of_current(&mut state, number);
         Ok(())
     }
 
@@ -918,6 +922,30 @@ fn replace_names(state: &mut State, names: form::Names) -> Result<(), Error> {
     Ok(())
 }
 
+fn replace_current(state: &mut State, current: Current) -> Result<(), Error> {
+    let file = form::sealed_json(Dir::Root, CURRENT, &current).map_err(unwritable)?;
+    state.replace(Dir::Root, CURRENT, &file)?;
+    state.current = Some(current);
+    Ok(())
+}
+
+/// The graph that was made current last, as the graphs say it themselves, and by which change.
+fn newest_current(state: &State) -> Option<(u64, u64)> {
+    let all = state.graphs.values().filter_map(|graph| Some((graph.made_current?, graph.number)));
+    all.max().map(|(change, number)| (number, change))
+}
+
+/// Has the current graph's own file say that it is. Durable when it returns.
+fn tell_of_current(state: &mut State, number: u64) -> Result<(), Error> {
+    let newest = newest_current(state);
+    let Some(graph) = state.graphs.get(&number).filter(|_| newest.is_none_or(|(of, _)| of != number)) else {
+        return Ok(());
+    };
+    let made_current = Some(newest.map_or(0, |(_, change)| change).saturating_add(1).min(form::NUMBER_MAX));
+    let graph = Graph { made_current, ..Graph::clone(graph) };
+    write_graph(state, graph)
+}
+
 fn write_graph(state: &mut State, graph: Graph) -> Result<(), Error> {
     let name = graph.number.to_string();
     let file = form::sealed_json(Dir::Graphs, &name, &graph).map_err(unwritable)?;
@@ -1056,6 +1084,21 @@ fn read_all(state: &mut State) -> Result<(), Error> {
         }
     }
     state.current = state.mended(&Subject::Current, Dir::Root, CURRENT, &form::current)?;
+    match (state.current, newest_current(state)) {
+        // The power may have failed between the two. What cannot be written on this disk is written by the next change.
+        (Some(current), _) => drop(tell_of_current(state, current.number)),
+        (None, Some((number, _))) => {
+            let previous = state.graphs.get(&number).and_then(|graph| graph.previous);
+            let current = Current { number, previous };
+            let mut why = format!("both copies are lost; graph {number} was the last to be, and is again");
+            if let Err(e) = replace_current(state, current) {
+                why = format!("{why}; it could not be written anew: {e}");
+            }
+            state.current = Some(current);
+            state.found(&Subject::Current, why, Outcome::Recovered, None);
+        }
+        (None, None) => {}
+    }
     if let Some(current) = state.current {
         state.next = state.next.max(current.number + 1);
         let subject = Subject::Graph(current.number);

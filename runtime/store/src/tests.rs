@@ -135,7 +135,8 @@ impl Model {
                 let last = self.graphs.keys().chain(self.current.values()).max().copied().unwrap_or(0);
                 let NewGraph { manifest, file, images, by, at_ns } = self.new_graph(ks, *by);
                 let (number, previous) = (last + 1, self.current.get(&()).copied());
-                let graph = Graph { number, previous, manifest, file, images, by, at_ns, outcome: None };
+                let graph =
+                    Graph { number, previous, manifest, file, images, by, at_ns, outcome: None, made_current: None };
                 model.graphs.insert(number, graph);
                 let before_current = previous.and_then(|current| self.graphs[&current].previous);
                 while model.graphs.len() > limits().graphs {
@@ -219,7 +220,8 @@ impl Model {
         for graph in store.graphs() {
             let missing = graph.images.values().find(|image| !store.has(image));
             ensure(missing.is_none(), || format!("graph {} refers to nothing", graph.number))?;
-            model.graphs.insert(graph.number, Graph::clone(&graph));
+            // What it says of itself is tried by losing `current`.
+            model.graphs.insert(graph.number, Graph { made_current: None, ..Graph::clone(&graph) });
         }
         if let Some(number) = store.current_number() {
             ensure(store.current().is_some_and(|graph| graph.number == number), || "the current graph is lost".into())?;
@@ -535,6 +537,48 @@ proptest! {
         }
     }
 
+    /// Which graph is current is known from the graphs, too, also after the power has failed in whatever changed that.
+    #[test]
+    fn with_both_copies_of_current_lost_the_same_graph_is_current(
+        ops in proptest::collection::vec(op(), 1..30),
+        damaged in any::<bool>(),
+        call in any::<Index>(),
+        seed in any::<u64>(),
+    ) {
+        let lost = |disk: &Simulated| {
+            for name in ["current", "current.copy"] {
+                disk.put(Dir::Root, name, damaged.then(|| b"damaged".to_vec()));
+            }
+        };
+        let disk = Simulated::new(ROOM);
+        let (store, _) = open(&disk).unwrap();
+        let model = all_of(&disk, &store, Model::default(), &ops).unwrap();
+        drop(store);
+        let calls = disk.calls();
+        lost(&disk);
+        let (store, wrong) = open(&disk).unwrap();
+        prop_assert_eq!(store.current_number(), model.current.get(&()).copied());
+        prop_assert_eq!(wrong.iter().any(|f| f.outcome == Outcome::Recovered), !model.current.is_empty());
+        prop_assert_eq!(Model::of(&store), Ok(model));
+        drop(store);
+        prop_assert_eq!(open(&disk).unwrap().1, vec![]);
+
+        let cut = Simulated::new(ROOM);
+        cut.fails_after(u64::try_from(call.index(usize::try_from(calls).unwrap())).unwrap(), Fault::Cut, seed);
+        if let Ok((store, _)) = open(&cut) {
+            let mut model = Model::default();
+            for op in &ops {
+                let next = model.after(op);
+                let _ = model.run(&store, op);
+                model = next.unwrap_or(model);
+            }
+        }
+        let survivor = cut.survivor(seed);
+        let current = open(&survivor).unwrap().0.current_number();
+        lost(&survivor);
+        prop_assert_eq!(open(&survivor).unwrap().0.current_number(), current);
+    }
+
     /// Whatever is in the files: it opens or says why, nothing panics, and what it opened works.
     #[test]
     fn a_store_of_foreign_bytes_opens(
@@ -693,9 +737,14 @@ fn what_is_damaged_twice_is_named_and_the_rest_serves() {
         disk.put(dir, name, Some(b"damaged".to_vec()));
         disk.put(dir, &format!("{name}{COPY}"), Some(b"damaged, too".to_vec()));
         let (store, wrong) = open(&disk).unwrap();
-        assert_eq!(wrong.len(), 2, "{wrong:?}");
-        assert!(wrong.iter().all(|finding| finding.outcome == Outcome::Lost && finding.quarantined.is_some()));
-        assert!(wrong.iter().all(|finding| finding.to_string().contains("quarantine/")));
+        let (lost, told): (Vec<_>, Vec<_>) = wrong.iter().partition(|finding| finding.outcome == Outcome::Lost);
+        assert_eq!(lost.len(), 2, "{wrong:?}");
+        assert!(lost.iter().all(|finding| finding.quarantined.is_some()));
+        assert!(lost.iter().all(|finding| finding.to_string().contains("quarantine/")));
+        let told: Vec<String> = told.into_iter().map(ToString::to_string).collect();
+        let recovered =
+            "current: both copies are lost; graph 2 was the last to be, and is again (recovered from the history)";
+        assert_eq!(told, if name == "current" { vec![recovered] } else { Vec::new() });
         assert_eq!(store.usage().unwrap().quarantined, 2);
         assert_eq!(store.component(&digest(0)).unwrap(), component(0));
         drop(store);
@@ -708,8 +757,8 @@ fn what_is_damaged_twice_is_named_and_the_rest_serves() {
     assert_eq!(store.current().unwrap().number, 2);
 
     let (store, subject, again) = damaged(Dir::Root, "current");
-    assert_eq!((subject, store.current(), again), (Subject::Current, None, vec![]));
-    assert_eq!(store.graphs().len(), 2);
+    assert_eq!((subject, again), (Subject::Current, vec![]));
+    assert_eq!((store.current_number(), store.previous_of_current().unwrap().number), (Some(2), 1));
 
     let (store, subject, again) = damaged(Dir::Graphs, "2");
     assert_eq!(subject, Subject::Graph(2));
