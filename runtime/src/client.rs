@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use crate::control::log::Query;
-use crate::control::report::{Done, Failed, Given, Graphs, Line, Ps, Pushed, Status, Step};
+use crate::control::report::{Done, Failed, Given, Graphs, Line, Ps, Pushed, Secrets, Status, Step};
 use crate::remote::{Folder, Remote};
 
 /// Where the appliance's control listens.
@@ -57,6 +57,9 @@ pub enum Error {
     /// It answered that there is no such thing.
     #[error("{0}")]
     Missing(String),
+    /// What it was to be told is not what can be told.
+    #[error("{0}")]
+    Input(String),
     /// What it answered could not be written.
     #[error("writing: {0}")]
     Output(std::io::Error),
@@ -138,6 +141,15 @@ impl Client {
     /// [`Error`].
     pub fn graphs(&self) -> Result<Graphs, Error> {
         self.ask(Method::GET, "/v1/graphs")
+    }
+
+    /// `GET /v1/secrets`: of one brane, or of all.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn secrets(&self, brane: Option<&str>) -> Result<Secrets, Error> {
+        let query = brane.map(|brane| format!("?brane={brane}")).unwrap_or_default();
+        self.ask(Method::GET, &format!("/v1/secrets{query}"))
     }
 
     /// `GET /v1/components/DIGEST`: whether a component is in the store.

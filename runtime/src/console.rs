@@ -60,6 +60,9 @@ fn reply(client: &Client, mode: Mode, line: &str, out: &mut impl Write) -> std::
         Ok(line) if mode == Mode::Observe && line.command.changes() => {
             writeln!(out, "this console only observes: [console] mode in gaia.toml decides")
         }
+        Ok(Line { command: Command::Secret(secret), .. }) if secret.takes_a_value() => {
+            writeln!(out, "what is typed here is shown: gaia --on HOST secret set, from elsewhere")
+        }
         // Nothing typed here is read while a command is at work.
         Ok(line) if line.command.goes_on() => writeln!(out, "a console cannot end it: leave --follow away"),
         Ok(line) => match run(&line.command, client, line.json, out) {

@@ -112,6 +112,7 @@ fn main() -> ExitCode {
         Command::Console => client().and_then(|client| prompt(&client)),
         Command::Role { role } => {
             end_on_panic();
+            not_to_be_looked_into();
             match role {
                 Role::Control => control::run(),
                 Role::Compile => compile::run(),
@@ -198,6 +199,16 @@ fn check(file: &Path, suggest: bool, json: bool) -> ExitCode {
     let wrong = if json { String::new() } else { review.diagnostics(stderr().is_terminal()) };
     let written = stderr().write_all(wrong.as_bytes()).and_then(|()| stdout().write_all(text.as_bytes()));
     if review.errors() > 0 || written.is_err() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// Leaves no memory behind for whoever looks: no core file, whatever the machine makes of such, and nobody else's look into it but
+/// root's (`PR_SET_DUMPABLE`, prctl(2)). Before the sandbox, which has no such call. On a workstation the roles are their
+/// user's, who may look; there the limit for core files does as much of it as is wanted (see `run`).
+fn not_to_be_looked_into() {
+    if Demand::from_environment() == Demand::Whole {
+        // The kernel knows this since before there was a Gaia: no error is known.
+        let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+    }
 }
 
 /// A role that panics ends at once: what it was in the middle of cannot be trusted, and init starts it again.

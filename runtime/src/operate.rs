@@ -1,5 +1,7 @@
 //! The commands that ask or tell a running appliance, the same on its console and on a command line.
 
+pub mod secret;
+
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -37,6 +39,9 @@ pub enum Command {
         #[arg(long, short)]
         yes: bool,
     },
+    /// Values that branes are given under a name: set, list, remove
+    #[command(subcommand)]
+    Secret(secret::Command),
     /// Finish what is inside, for at most five seconds, then switch the appliance off
     Poweroff,
     /// Finish what is inside, for at most five seconds, then start the appliance again
@@ -49,6 +54,7 @@ impl Command {
     pub fn changes(&self) -> bool {
         match self {
             Self::Status | Self::Ps | Self::Logs { .. } | Self::Graphs => false,
+            Self::Secret(command) => command.changes(),
             Self::Rollback { .. } | Self::Poweroff | Self::Reboot => true,
         }
     }
@@ -76,6 +82,7 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
                 let query = Query { brane: brane.clone(), since_ns, follow: *follow };
                 return logs(client, &query, json, out);
             }
+            Command::Secret(command) => return secret::run(command, client, json, out),
             Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),
             Command::Rollback { yes } => {
                 client.change("/v1/rollback", &Rollback { ends_states: *yes }, deploy::doing).map(|last| {

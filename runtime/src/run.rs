@@ -45,6 +45,10 @@ const DNS: u16 = 53;
 /// Where this machine has its own.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
+/// A limit for core files that stops those that are piped to a program, too, to which 0 means nothing: the kernel takes 1 for
+/// its own sign not to (Linux 6.12, fs/coredump.c, `do_coredump`), and no file is as short as that. There may be secrets in a core.
+const NO_CORE: u64 = 1;
+
 /// What is to be run, and how. The words are those of `gaia help run`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
@@ -325,7 +329,7 @@ impl Machine for Launcher {
 
     fn confinement(&self, role: &Role, number: Option<usize>) -> Confinement<'_> {
         let most = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
-        let mut limits = vec![(Resource::Nofile, role.max_files.min(most)), (Resource::Core, 0)];
+        let mut limits = vec![(Resource::Nofile, role.max_files.min(most)), (Resource::Core, NO_CORE)];
         limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
         limits.extend(role.max_memory.map(|bytes| (Resource::As, bytes)));
         limits.extend(role.max_file.map(|bytes| (Resource::Fsize, bytes)));

@@ -23,6 +23,7 @@ mod remote;
 mod requests;
 mod run;
 mod sandbox;
+mod secrets;
 mod soak;
 mod supervision;
 mod workers;

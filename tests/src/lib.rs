@@ -365,6 +365,14 @@ impl Appliance {
         Ok(self.debug(&json!({ "link": path }))?.as_str().unwrap_or_default().to_owned())
     }
 
+    /// The user whose file, folder or process inside it is.
+    ///
+    /// # Errors
+    /// What the machine says.
+    pub fn owner(&self, path: &str) -> Result<u64> {
+        self.debug(&json!({ "owner": path }))?.as_u64().context("no user")
+    }
+
     /// What came of a hostile program's acts in the sandbox of a role.
     ///
     /// # Errors

@@ -510,13 +510,21 @@ fn endpoint_pattern() -> String {
     format!(r"^((\*\.)?{NAME}|{IPV4}|\[({IPV4}|{IPV6})\]){PORT}$")
 }
 
-fn brane_name(name: &str) -> Result<(), String> {
+/// Whether this can be a brane's name.
+///
+/// # Errors
+/// What names are made of.
+pub fn brane_name(name: &str) -> Result<(), String> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     let good = (1..=48).contains(&name.len()) && name.bytes().all(plain);
     good.then_some(()).ok_or_else(|| "1 to 48 of a-z, 0-9 and -".to_owned())
 }
 
-fn variable(name: &str) -> Result<String, String> {
+/// Whether this can be the name of a variable, and then the name.
+///
+/// # Errors
+/// What names are made of.
+pub fn variable(name: &str) -> Result<String, String> {
     let mut bytes = name.bytes();
     let first = bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
     let good = first && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') && name.len() <= 255;

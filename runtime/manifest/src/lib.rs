@@ -21,7 +21,7 @@ pub mod units;
 
 pub use allow::{Endpoint, Host, Scheme, Site};
 pub use diagnostic::{Diagnostic, Severity};
-pub use grammar::schema;
+pub use grammar::{brane_name, schema, variable};
 pub use model::{
     Brane, Capability, Deterministic, Grant, Image, Ingress, KEYS, Lifecycle, Lifetime, Limits, Manifest, Resolution,
     Spanned,

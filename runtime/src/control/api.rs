@@ -12,6 +12,9 @@
 //! | `POST /v1/plan`    | [`report::Step`], one a line; the body is [`report::Deploy`], nothing is changed |
 //! | `POST /v1/deploy`  | the same, and it serves |
 //! | `POST /v1/rollback`| the same; the body is [`report::Rollback`] |
+//! | `GET /v1/secrets`  | [`report::Secrets`], without values; `?brane=fetch` |
+//! | `POST /v1/secrets` | [`report::Step`], one a line; the body is [`report::SetSecret`] |
+//! | `POST /v1/secrets/remove` | the same; the body is [`report::RemoveSecret`] |
 //! | `POST /v1/poweroff`| [`report::Done`]    |
 //! | `POST /v1/reboot`  | [`report::Done`]    |
 //!
@@ -42,7 +45,7 @@ use super::delivery;
 use super::log::{self, Query};
 use super::remote::Visit;
 use super::report::{self, Done, Failed, Ps, Status};
-use super::{Control, Runs};
+use super::{Control, Runs, secrets};
 use crate::statistics;
 
 /// Conversations at a time.
@@ -138,11 +141,14 @@ async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incom
         (&Method::POST, "/v1/plan") => return delivery::deploy(control, caller, request, false).await,
         (&Method::POST, "/v1/deploy") => return delivery::deploy(control, caller, request, true).await,
         (&Method::POST, "/v1/rollback") => return delivery::rollback(control, caller, request).await,
+        (&Method::POST, "/v1/secrets") => return secrets::set(control, caller, request).await,
+        (&Method::POST, "/v1/secrets/remove") => return secrets::remove(control, caller, request).await,
         _ => {}
     }
     let known = |path: &str| {
         let exact = matches!(path, "/v1/status" | "/v1/ps" | "/v1/logs" | "/v1/graphs" | "/v1/poweroff" | "/v1/reboot");
-        let changes = matches!(path, "/v1/components" | "/v1/plan" | "/v1/deploy" | "/v1/rollback");
+        let changes = matches!(path, "/v1/components" | "/v1/plan" | "/v1/deploy" | "/v1/rollback")
+            || matches!(path, "/v1/secrets" | "/v1/secrets/remove");
         exact || changes || path.starts_with(COMPONENTS)
     };
     // None of these takes a body. What is sent nevertheless is not read, and ends the connection.
@@ -155,6 +161,7 @@ async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incom
             Err(e) => failed(StatusCode::SERVICE_UNAVAILABLE, &format!("init does not answer: {e}")),
         },
         (&Method::GET, "/v1/graphs") => delivery::graphs(&control),
+        (&Method::GET, "/v1/secrets") => secrets::list(&control, request.uri().query().unwrap_or_default()).await,
         (&Method::GET, path) if path.starts_with(COMPONENTS) => {
             delivery::has(&control, path.strip_prefix(COMPONENTS).unwrap_or_default())
         }

@@ -45,7 +45,7 @@ const ROOM_WITHIN: Duration = Duration::from_mins(1);
 const TRIAL: Duration = Duration::from_mins(1);
 const DEATHS: u32 = 3;
 /// What is said where there is no store.
-const NO_STORE: &str = "there is no data disk to keep anything on, so nothing can be pushed or deployed";
+pub(super) const NO_STORE: &str = "there is no data disk to keep anything on, so nothing can be pushed or deployed";
 
 /// What was deployed last, while it may still have to be taken back.
 pub(super) struct Trial {
@@ -53,6 +53,13 @@ pub(super) struct Trial {
     generation: u32,
     since: Instant,
     deaths: u32,
+}
+
+impl Trial {
+    /// The same graph serves as another generation.
+    pub(super) fn goes_on_as(&mut self, generation: u32) {
+        self.generation = generation;
+    }
 }
 
 // Components.
@@ -156,27 +163,28 @@ pub(super) fn graphs(control: &Control) -> Answer {
 
 /// `POST /v1/plan` and `POST /v1/deploy`, of which the first shows only.
 pub(super) async fn deploy(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incoming>, swap: bool) -> Answer {
-    let asked: Deploy = match read(request).await {
+    let asked: Deploy = match read(request, MAX_DEPLOY, true).await {
         Ok(asked) => asked,
         Err(answer) => return *answer,
     };
-    told(Rc::clone(&control), caller, if swap { "deploy" } else { "" }, async move |caller: &Caller, tell: &Tell| {
+    let change = if swap { "deploy" } else { "" };
+    told(Rc::clone(&control), caller, change.to_owned(), async move |caller: &Caller, tell: &Tell| {
         deployed(&control, caller, asked, swap, tell).await
     })
 }
 
 /// `POST /v1/rollback`: the graph before the current one, as it was.
 pub(super) async fn rollback(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incoming>) -> Answer {
-    let asked: Rollback = match read(request).await {
+    let asked: Rollback = match read(request, MAX_DEPLOY, true).await {
         Ok(asked) => asked,
         Err(answer) => return *answer,
     };
-    told(Rc::clone(&control), caller, "rollback", async move |caller: &Caller, tell: &Tell| {
+    told(Rc::clone(&control), caller, "rollback".to_owned(), async move |caller: &Caller, tell: &Tell| {
         let _changing = control.changing.try_lock().context(BUSY)?;
         let began = Instant::now();
         let (from, to) = before_current(&control)?;
         tell.doing(&format!("planning graph {}, which served before graph {from}", to.number));
-        let planned = deploy::planned(&control, &Asked::again(&to)).await?;
+        let planned = deploy::planned(&control, &Asked { needs_secrets: true, ..Asked::again(&to) }).await?;
         let plan = report(&control, &planned, began);
         agree(&plan, asked.ends_states)?;
         let generation = swapped(&control, planned, &to, tell).await?;
@@ -185,23 +193,24 @@ pub(super) async fn rollback(control: Rc<Control>, caller: Rc<Caller>, request: 
     })
 }
 
-const BUSY: &str = "somebody else is changing what serves just now: try again when that is done";
+pub(super) const BUSY: &str = "somebody else is changing what serves just now: try again when that is done";
 
 /// Tells whoever asked how far it is.
-struct Tell(UnboundedSender<Step>);
+pub(super) struct Tell(UnboundedSender<Step>);
 
 impl Tell {
-    fn doing(&self, what: &str) {
+    pub(super) fn doing(&self, what: &str) {
         // Whoever asked may be gone.
         let _ = self.0.send(Step::Doing(what.to_owned()));
     }
 }
 
-/// Does something that takes a while, in a task that goes on if whoever asked goes away, and answers with its steps.
-fn told(
+/// Does something that takes a while, in a task that goes on if whoever asked goes away, and answers with its steps. It leaves a line in
+/// the log, if it has a name for that.
+pub(super) fn told(
     control: Rc<Control>,
     caller: Rc<Caller>,
-    change: &'static str,
+    change: String,
     work: impl AsyncFnOnce(&Caller, &Tell) -> anyhow::Result<Step> + 'static,
 ) -> Answer {
     let (sender, steps) = unbounded_channel();
@@ -211,10 +220,14 @@ fn told(
         if !change.is_empty() {
             let outcome = match &last {
                 Step::Done(done) => format!("graph {} serves as generation {}", done.graph, done.generation),
+                Step::Secret(done) => done.generation.map_or_else(
+                    || "done".to_owned(),
+                    |generation| format!("generation {generation} serves with that"),
+                ),
                 Step::Failed(why) => why.lines().next().unwrap_or_default().to_owned(),
                 Step::Doing(_) | Step::Plan(_) => String::new(),
             };
-            control.audit(&caller, change, &outcome).await;
+            control.audit(&caller, &change, &outcome).await;
         }
         let _ = tell.0.send(last);
     });
@@ -228,17 +241,25 @@ fn told(
     answer
 }
 
-async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, Box<Answer>> {
+/// Reads a request of at most so many bytes. What is wrong with it is quoted, if it may be.
+pub(super) async fn read<T: DeserializeOwned>(
+    request: Request<Incoming>,
+    most: usize,
+    quoted: bool,
+) -> Result<T, Box<Answer>> {
     let refused = |status, words: String| Box::new(failed(status, &words));
-    let body = Limited::new(request.into_body(), MAX_DEPLOY).collect();
+    let body = Limited::new(request.into_body(), most).collect();
     let body = match tokio::time::timeout(PIECE_WITHIN, body).await {
         Err(_) => {
             return Err(refused(StatusCode::REQUEST_TIMEOUT, format!("not all of it came within {PIECE_WITHIN:?}")));
         }
-        Ok(Err(e)) => return Err(refused(StatusCode::PAYLOAD_TOO_LARGE, format!("{e}; at most {MAX_DEPLOY} bytes"))),
+        Ok(Err(e)) => return Err(refused(StatusCode::PAYLOAD_TOO_LARGE, format!("{e}; at most {most} bytes"))),
         Ok(Ok(body)) => body.to_bytes(),
     };
-    serde_json::from_slice(&body).map_err(|e| refused(StatusCode::BAD_REQUEST, format!("not such a request: {e}")))
+    serde_json::from_slice(&body).map_err(|e| {
+        let why = if quoted { e.to_string() } else { format!("line {}, column {}", e.line(), e.column()) };
+        refused(StatusCode::BAD_REQUEST, format!("not such a request: {why}"))
+    })
 }
 
 async fn deployed(
@@ -257,7 +278,7 @@ async fn deployed(
     }
     tell.doing("reading the manifest and its components");
     let shown = if asked.file.is_empty() { "the manifest" } else { &asked.file };
-    let of = Asked { shown, text: asked.manifest.clone(), images: Some(&asked.images) };
+    let of = Asked { shown, text: asked.manifest.clone(), images: Some(&asked.images), needs_secrets: true };
     let planned = deploy::planned(control, &of).await?;
     let plan = report(control, &planned, began);
     if !swap {
@@ -311,7 +332,7 @@ fn report(control: &Control, planned: &Planned, began: Instant) -> PlanReport {
 
 /// # Errors
 /// That it would end states which nobody has given up.
-fn agree(plan: &PlanReport, ends_states: bool) -> anyhow::Result<()> {
+pub(super) fn agree(plan: &PlanReport, ends_states: bool) -> anyhow::Result<()> {
     anyhow::ensure!(
         plan.ends.is_empty() || ends_states,
         "it {}; that has to be agreed to: --yes",
@@ -364,7 +385,7 @@ pub(super) async fn settled(control: &Control) -> anyhow::Result<()> {
 }
 
 /// Waits until there are few enough generations for another.
-async fn room(control: &Control, tell: &Tell) -> anyhow::Result<()> {
+pub(super) async fn room(control: &Control, tell: &Tell) -> anyhow::Result<()> {
     let until = Instant::now() + ROOM_WITHIN;
     let mut said = false;
     loop {
@@ -397,7 +418,7 @@ async fn note(control: &Control, graph: u64, outcome: String) {
     }
 }
 
-fn millis(since: Instant) -> u64 {
+pub(super) fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 

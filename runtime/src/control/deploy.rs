@@ -17,6 +17,7 @@ use gaia_init::wire::FromControl;
 use gaia_manifest::{Brane, Capability, Diagnostic, Image, Lifecycle, Manifest, Severity};
 use gaia_store::{Digest, Graph};
 use rustix::fs::{AtFlags, Mode, OFlags};
+use zeroize::Zeroizing;
 
 use super::Control;
 use super::artefact::{self, Artefact, Key};
@@ -119,7 +120,7 @@ impl Source {
     }
 
     /// The values of secrets. A file that others can read is refused, so that it does not stay that way.
-    fn secrets(&self) -> anyhow::Result<Secrets> {
+    pub(super) fn secrets(&self) -> anyhow::Result<Secrets> {
         let Some(path) = &self.secrets else { return Ok(Secrets::default()) };
         let file = rustix::fs::openat(&self.folder, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         let file = file.with_context(|| format!("reading the secrets {path}"))?;
@@ -252,7 +253,7 @@ pub(super) async fn start(control: &Control, planned: Planned) -> anyhow::Result
     for line in ended.into_iter().flatten() {
         control.say(&format!("generation {generation} {line}")).await;
     }
-    let file = sealed(plan::FILE, &serde_json::to_vec(&plan)?)?;
+    let file = told(&plan)?;
     control.init.tell(&FromControl::File { generation, name: plan::FILE.into() }, &[file.as_fd()]).await;
     let origins = sealed(artefact::ORIGINS, &artefact::origins(&artefacts)?)?;
     control.init.tell(&FromControl::File { generation, name: artefact::ORIGINS.into() }, &[origins.as_fd()]).await;
@@ -264,7 +265,7 @@ pub(super) async fn start(control: &Control, planned: Planned) -> anyhow::Result
         let Some(brane) = plan.branes.first() else { continue };
         let artefact = artefacts.iter().find(|artefact| artefact.name() == brane.artefact);
         let artefact = artefact.with_context(|| format!("{}: there is no artefact of it", brane.name))?;
-        let (name, file) = (brane.name.clone(), sealed(plan::FILE, &serde_json::to_vec(&plan)?)?);
+        let (name, file) = (brane.name.clone(), told(&plan)?);
         let keepers = FromControl::Keepers { generation, name, replicas, identity };
         control.init.tell(&keepers, &[file.as_fd(), artefact.file.as_fd()]).await;
     }
@@ -279,6 +280,17 @@ pub(super) async fn start(control: &Control, planned: Planned) -> anyhow::Result
     control.compiled.borrow_mut().retain(|of, _| needed(of));
     control.forget_plans();
     Ok(())
+}
+
+/// A plan as workers and keepers read it. Secrets are in it: what it is written from is overwritten.
+fn told(plan: &Plan) -> anyhow::Result<OwnedFd> {
+    let text = Zeroizing::new(serde_json::to_vec(plan)?);
+    let (length, most) = (text.len(), plan::MAX_BYTES);
+    anyhow::ensure!(
+        length as u64 <= most,
+        "the plan has {length} bytes, at most {most}: fewer branes or smaller secrets"
+    );
+    Ok(sealed(plan::FILE, &text)?)
 }
 
 /// A generation that could be started. It has its number when it is.
@@ -367,12 +379,14 @@ pub(super) struct Asked<'a> {
     pub(super) text: String,
     /// What its images are, in the store; where there is no such list, files are beside the source's manifest.
     pub(super) images: Option<&'a BTreeMap<String, Digest>>,
+    /// A secret without a value is an error. Where nobody is there to be told, the rest serves all the same.
+    pub(super) needs_secrets: bool,
 }
 
 impl<'a> Asked<'a> {
     /// A graph of the store's history, as it was.
     pub(super) fn again(graph: &'a Graph) -> Self {
-        Self { shown: &graph.file, text: graph.manifest.clone(), images: Some(&graph.images) }
+        Self { shown: &graph.file, text: graph.manifest.clone(), images: Some(&graph.images), needs_secrets: false }
     }
 
     fn of(source: &'a Source) -> anyhow::Result<Self> {
@@ -382,7 +396,7 @@ impl<'a> Asked<'a> {
             other => other.with_context(|| format!("reading {name}"))?,
         };
         let text = String::from_utf8(text).with_context(|| format!("{name} is not UTF-8"))?;
-        Ok(Self { shown: name, text, images: None })
+        Ok(Self { shown: name, text, images: None, needs_secrets: true })
     }
 }
 
@@ -435,7 +449,11 @@ pub(super) async fn planned(control: &Control, asked: &Asked<'_>) -> anyhow::Res
     control.say_findings().await;
     said.extend(failed);
     let source = control.source.as_ref();
-    let secrets = source.map(Source::secrets).transpose()?.unwrap_or_default();
+    let named = manifest.branes.iter().flat_map(|brane| {
+        let names = brane.capabilities.iter().flat_map(|grant| secret_names(&grant.capability));
+        names.map(|name| (brane.name.value.clone(), name.clone()))
+    });
+    let secrets = super::secrets::values(control, named.collect()).await?;
     let (mut branes, mut pinned, mut images) = (Vec::new(), Vec::new(), BTreeMap::new());
     for brane in &manifest.branes {
         let image = brane.image.value.to_string();
@@ -445,7 +463,7 @@ pub(super) async fn planned(control: &Control, asked: &Asked<'_>) -> anyhow::Res
             images.insert(image, digest);
         }
         said.extend(review::of(brane, &compiled.report));
-        let (found, missing) = secrets_of(brane, &secrets);
+        let (found, missing) = secrets_of(brane, &secrets, asked.needs_secrets, control.vault.is_some());
         said.extend(missing);
         let planned = compiled.report.needs.map(|needs| planned_brane(brane, compiled, needs, found));
         pinned.extend(planned.is_some().then_some(brane.lifecycle == Lifecycle::Pinned));
@@ -481,23 +499,71 @@ pub(super) async fn planned(control: &Control, asked: &Asked<'_>) -> anyhow::Res
     Ok(Planned { plan, keepers, artefacts, images, warnings, compiled: fresh })
 }
 
+/// The secrets that a grant names.
+fn secret_names(grant: &Capability) -> &[String] {
+    if let Capability::Env { secrets, .. } = grant { secrets } else { &[] }
+}
+
 /// The values of the secrets that a brane's `env` names, and what is to be said about those without one.
-fn secrets_of(brane: &Brane, known: &Secrets) -> (Vec<(String, Secret)>, Vec<Diagnostic>) {
+fn secrets_of(brane: &Brane, known: &Secrets, needed: bool, kept: bool) -> (Vec<(String, Secret)>, Vec<Diagnostic>) {
     let (mut found, mut missing) = (Vec::new(), Vec::new());
+    let of = &brane.name.value;
     for grant in &brane.capabilities {
-        let Capability::Env { secrets, .. } = &grant.capability else { continue };
-        for name in secrets {
-            match known.of(&brane.name.value, name) {
-                Some(secret) => found.push((name.clone(), secret.clone())),
-                None => {
-                    let message = format!("{} needs a value for the secret \"{name}\"", brane.name.value);
-                    let help = format!("gaia run --secrets FILE, and in it [{}] with {name} = \"…\"", brane.name.value);
-                    missing.push(Diagnostic::error(grant.span.clone(), message, "has no value").help(help));
-                }
+        for name in secret_names(&grant.capability) {
+            if let Some(secret) = known.of(of, name) {
+                found.push((name.clone(), secret.clone()));
+                continue;
             }
+            let said = if needed {
+                Diagnostic::error(
+                    grant.span.clone(),
+                    format!("{of} needs a value for the secret \"{name}\""),
+                    "has no value",
+                )
+            } else {
+                let message = format!("{of} serves without the secret \"{name}\", which has no value");
+                Diagnostic::warning(grant.span.clone(), message, "has no value")
+            };
+            missing.push(said.help(if kept {
+                format!("gaia secret set {of} {name}")
+            } else {
+                format!("gaia run --secrets FILE, and in it [{of}] with {name} = \"…\"; or --data FOLDER and gaia secret set {of} {name}")
+            }));
         }
     }
     (found, missing)
+}
+
+/// What serves, with other values of secrets: the same components and grants, whatever has become of the manifest's files.
+///
+/// # Errors
+/// If a component is neither in memory nor in the store.
+pub(super) async fn with_secrets(control: &Control, serving: &Plan, known: &Secrets) -> anyhow::Result<Planned> {
+    let mut plan = serving.clone();
+    let (mut keepers, mut artefacts) = (Vec::new(), Vec::new());
+    for brane in &mut plan.branes {
+        let of: Digest = format!("sha256:{}", brane.digest).parse().ok().context("its component has no digest")?;
+        let stored = async || {
+            let vault = control.vault.as_ref().context("there is no store")?;
+            vault.with(move |store| store.component(&of)).await
+        };
+        let (artefact, _) = compiled(control, &brane.digest, brane.reservation, stored)
+            .await
+            .with_context(|| format!("{}: its component is needed once more", brane.name))?;
+        artefacts.push(artefact);
+        let names = brane.grants.iter().flat_map(secret_names);
+        let given = names.filter_map(|name| Some((name.clone(), known.of(&brane.name, name)?.clone())));
+        brane.secrets = given.collect();
+        if brane.keeper.take().is_some() {
+            let of_it = Keepers::of(&control.key, brane, plan.workers, &plan.roots)?;
+            brane.secrets.clear();
+            brane.keeper = Some(of_it.identity.clone());
+            keepers.push(of_it);
+        }
+    }
+    artefacts.sort_by_key(Artefact::name);
+    artefacts.dedup_by_key(|artefact| artefact.name());
+    Ok(Planned { plan, keepers, artefacts, ..Planned::default() })
 }
 
 fn planned_brane(

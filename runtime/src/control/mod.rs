@@ -15,6 +15,7 @@ mod init;
 pub mod log;
 pub mod remote;
 pub mod report;
+mod secrets;
 mod vault;
 
 use std::cell::{Cell, RefCell};

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::log::Event;
 use crate::log::text::line;
+use crate::secrets::Secret;
 
 pub use super::init::Role;
 pub use crate::worker::conversation::Instance;
@@ -201,6 +202,8 @@ pub enum Step {
     Plan(Box<PlanReport>),
     /// It is done.
     Done(Deployed),
+    /// A secret is set or removed.
+    Secret(SecretChanged),
     /// It is not, and nothing has changed; why, and what to do.
     Failed(String),
 }
@@ -324,4 +327,90 @@ pub struct GraphEntry {
     pub outcome: Option<String>,
     /// Its images and their digests.
     pub images: BTreeMap<String, Digest>,
+}
+
+/// `POST /v1/secrets`: a value that a brane is to be given. Nothing answers with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetSecret {
+    /// The brane; it need not be there yet.
+    pub brane: String,
+    /// The name of the variable.
+    pub name: String,
+    /// The value.
+    pub value: Secret,
+    /// It may end the states of pinned instances.
+    #[serde(default)]
+    pub ends_states: bool,
+}
+
+/// `POST /v1/secrets/remove`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveSecret {
+    /// The brane.
+    pub brane: String,
+    /// The name of the variable.
+    pub name: String,
+    /// The graph that serves may go on without it.
+    #[serde(default)]
+    pub force: bool,
+    /// It may end the states of pinned instances.
+    #[serde(default)]
+    pub ends_states: bool,
+}
+
+/// What became of a secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretChanged {
+    /// The brane.
+    pub brane: String,
+    /// The name of the variable.
+    pub name: String,
+    /// It is gone.
+    pub removed: bool,
+    /// There was another before.
+    pub replaced: bool,
+    /// The generation that serves with the change; none, if nothing that serves uses it.
+    pub generation: Option<u32>,
+    /// A file that `gaia run` was told has another, which is what is given as long as that runs.
+    pub of_file: bool,
+    /// From the request to the moment from which on nothing else serves, in ms.
+    pub millis: u64,
+}
+
+/// `GET /v1/secrets`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secrets {
+    /// By brane and name.
+    pub secrets: Vec<SecretEntry>,
+}
+
+/// A secret without its value.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretEntry {
+    /// The brane.
+    pub brane: String,
+    /// The name of the variable.
+    pub name: String,
+    /// Who set it.
+    pub by: Option<String>,
+    /// When, in ns since 1970.
+    pub at_ns: Option<u64>,
+    /// The graph that serves names it.
+    pub used: bool,
+    /// Whether there is a value, and from where.
+    pub state: SecretState,
+}
+
+/// Where a secret's value comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SecretState {
+    /// The store has it.
+    Set,
+    /// A file that `gaia run` was told has it, whatever the store has.
+    OfFile,
+    /// It has none: the brane runs without.
+    Unset,
 }

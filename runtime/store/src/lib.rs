@@ -81,8 +81,8 @@ pub const MANIFEST_MAX: usize = 1 << 20;
 pub const IMAGES_MAX: usize = 1024;
 /// The longest of a graph's other texts, in bytes: file name, who deployed it, one image's name. An outcome is cut to it.
 pub const TEXT_MAX: usize = 1024;
-/// The longest record, in bytes.
-pub const RECORD_MAX: usize = 64 << 10;
+/// The longest record, in bytes: 64 KiB of somebody's, and what whoever keeps it puts around them.
+pub const RECORD_MAX: usize = 68 << 10;
 /// Records at most.
 pub const RECORDS_MAX: usize = 256;
 
@@ -813,6 +813,32 @@ impl Store {
         }
         state.remove_both(Dir::Records, name)?;
         Ok(true)
+    }
+
+    /// The names of all records that begin like this, sorted. Not whether they are intact.
+    #[must_use]
+    pub fn records(&self, prefix: &str) -> Vec<String> {
+        records(&self.state()).filter(|name| name.starts_with(prefix)).map(str::to_owned).collect()
+    }
+
+    /// Moves a record into quarantine that is as it was written and yet means nothing to whoever reads it; says so among the
+    /// findings.
+    ///
+    /// # Errors
+    /// [`Error::Word`]
+    pub fn set_record_aside(&self, name: &str, why: &str) -> Result<(), Error> {
+        if !is_word(name) {
+            return Err(Error::Word(name.to_owned()));
+        }
+        let mut state = self.state();
+        let subject = Subject::Record(name.to_owned());
+        // The copy first: alone it would be taken for what is left of the record.
+        for file in [format!("{name}{COPY}"), name.to_owned()] {
+            if state.has(Dir::Records, &file) {
+                state.found(&subject, why.to_owned(), Outcome::Lost, Some((Dir::Records, &file)));
+            }
+        }
+        Ok(())
     }
 
     // Room.

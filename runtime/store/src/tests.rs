@@ -920,7 +920,7 @@ fn everything_has_its_bounds() {
         Err(Error::Missing { .. })
     ));
 
-    assert!(matches!(store.set_record("x", &vec![0; 65537]), Err(Error::TooLarge { .. })));
+    assert!(matches!(store.set_record("x", &vec![0; 69_633]), Err(Error::TooLarge { .. })));
     assert!(matches!(store.set_record("x.copy", b""), Err(Error::Word(_))));
     for r in 0..256 {
         store.set_record(&record(r), b"").unwrap();
@@ -1049,4 +1049,24 @@ fn threads_share_a_store() {
     });
     assert_eq!((store.names().len(), store.usage().unwrap().artefacts), (30, 6));
     assert_eq!(store.findings(), []);
+}
+
+#[test]
+fn a_record_that_means_nothing_is_set_aside_with_its_copy_and_the_others_stay() {
+    let disk = Simulated::new(ROOM);
+    let (store, _) = open(&disk).unwrap();
+    for name in ["secret-b", "secret-a", "device-key"] {
+        store.set_record(name, name.as_bytes()).unwrap();
+    }
+    assert_eq!(store.records("secret-"), ["secret-a", "secret-b"]);
+    store.set_record_aside("secret-a", "it does not open").unwrap();
+    let told: Vec<String> = store.findings().iter().map(ToString::to_string).collect();
+    assert!(told.len() == 2 && told.iter().all(|line| line.starts_with("record secret-a: it does not open (lost; ")));
+    assert_eq!((store.records("secret-"), store.usage().unwrap().quarantined), (vec!["secret-b".to_owned()], 2));
+    assert_eq!(store.record("secret-a").unwrap(), None);
+    assert!(store.set_record_aside("secret-a", "again").is_ok() && store.findings().is_empty());
+    drop(store);
+    let (store, wrong) = open(&disk).unwrap();
+    assert!(wrong.is_empty() && store.record("secret-a").unwrap().is_none(), "{wrong:?}");
+    assert_eq!(store.record("secret-b").unwrap().as_deref(), Some(&b"secret-b"[..]));
 }

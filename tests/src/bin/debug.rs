@@ -1,7 +1,7 @@
 //! The debug role: answers the tests' questions from inside the machine. It exists only in the test image.
 //!
 //! One JSON object on each line of the virtio-serial port `gaia.debug`, one on each line back:
-//! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"write": "/run/x", "text": "y"}`,
+//! `{"read": "/proc/1/status"}`, `{"list": "/proc"}`, `{"link": "/proc/1/exe"}`, `{"owner": "/proc/77/fd"}`, `{"write": "/run/x", "text": "y"}`,
 //! `{"clock": 1000000000}` in seconds since 1970, whose answer is what it was, `{"kill": 77, "signal": 9}`,
 //! `{"proc": "/run/proc"}` to mount there a second `/proc`, which can be written to, `{"spawn": 1000}` for what a process of that user says of its secure bits,
 //! `{"keep": "control", "user": 100}` for what one says of keeping files on the data disk in the sandbox of a role, `{"sync": "/data"}` once that is on
@@ -76,6 +76,9 @@ fn answer(request: &Value) -> anyhow::Result<Value> {
     }
     if let Some(path) = text("link") {
         return Ok(fs::read_link(path).with_context(|| path.to_owned())?.to_string_lossy().into());
+    }
+    if let Some(path) = text("owner") {
+        return Ok(std::os::unix::fs::MetadataExt::uid(&fs::metadata(path).with_context(|| path.to_owned())?).into());
     }
     if let Some(pid) = request.get("kill").and_then(Value::as_i64) {
         let signal = request.get("signal").and_then(Value::as_i64).unwrap_or(9);
