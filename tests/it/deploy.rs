@@ -472,6 +472,71 @@ fn deploys_under_load_lose_nothing_mix_nothing_and_leave_nothing_behind() {
     assert!(run.interrupt().unwrap().success());
 }
 
+/// A frame of HTTP/2 (RFC 9113, section 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// The next frame: its kind, its flags, its stream, what it carries.
+fn next_frame(stream: &mut TcpStream) -> io::Result<(u8, u8, u32, Vec<u8>)> {
+    let mut head = [0; 9];
+    stream.read_exact(&mut head)?;
+    let [a, b, c, kind, flags, number @ ..] = head;
+    let mut payload = vec![0; usize::try_from(u32::from_be_bytes([0, a, b, c])).unwrap()];
+    stream.read_exact(&mut payload)?;
+    Ok((kind, flags, u32::from_be_bytes(number), payload))
+}
+
+/// Would miss: a request that a client far away sent on a new connection before it could know that its worker was about to go.
+#[test]
+fn a_new_connection_that_is_told_to_go_has_a_round_trip_for_its_first_request() {
+    const BODY_DATA: u8 = 0;
+    const HEADERS: u8 = 1;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const GOAWAY: u8 = 7;
+    const ACK: u8 = 1;
+    let folder = Folder::with(&versioned(0, "file:./version.wasm", "")).unwrap();
+    let run = folder.run(&[&DATA[..], &["--workers", "1"]].concat()).unwrap().serving().unwrap();
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, run.port)).unwrap();
+    client.set_read_timeout(Some(ANSWER_WITHIN)).unwrap();
+    client.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &*frame(SETTINGS, 0, 0, &[])].concat()).unwrap();
+    // The worker has it.
+    until("no settings come", || (next_frame(&mut client).unwrap().0 == SETTINGS).then_some(()));
+    deploy(&run, &put_version(&folder, 1, "file:./version.wasm", "")).unwrap();
+    let (mut last, mut ping) = (None, None);
+    while ping.is_none() {
+        match next_frame(&mut client).expect("it ends without a word") {
+            (GOAWAY, _, _, payload) => last = Some(payload),
+            (PING, 0, _, payload) => ping = Some(payload),
+            _ => {}
+        }
+    }
+    // The last stream is the highest that there can be, the reason that there is none.
+    assert_eq!(last.unwrap(), [0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
+    // It takes that long to get there, and the request was sent before.
+    std::thread::sleep(Duration::from_millis(300));
+    let path = "/version?kib=4";
+    // GET, http, the path and the authority `a`, none of them indexed (RFC 7541, sections 6.1 and 6.2.2).
+    let head = [&[0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()], path.as_bytes(), &[0x01, 1, b'a']].concat();
+    let asked = [frame(HEADERS, 4 | 1, 1, &head), frame(PING, ACK, 0, &ping.unwrap())].concat();
+    client.write_all(&asked).expect("it is gone");
+    let (mut body, mut last) = (Vec::new(), None);
+    while let Ok((kind, _, _, payload)) = next_frame(&mut client) {
+        match kind {
+            BODY_DATA => body.extend(payload),
+            GOAWAY => last = Some(payload),
+            _ => {}
+        }
+    }
+    assert_eq!(body.len(), 4096, "no answer");
+    // The graph that it was opened to, once more.
+    assert!(body.chunks(LINE).all(|line| line.starts_with(b"v000000")), "{}", String::from_utf8_lossy(&body));
+    assert_eq!(last.unwrap()[..4], [0, 0, 0, 1], "which was the last, and it was served");
+    assert!(run.interrupt().unwrap().success());
+}
+
 /// Chance that can be had again (xorshift, Marsaglia 2003).
 struct Chance(u64);
 

@@ -42,7 +42,7 @@ use crate::statistics::While;
 const HEAD_WITHIN: Duration = Duration::from_secs(30);
 /// How long a connection that is idle when the worker drains may take to ask once more.
 const ONE_MORE_WITHIN: Duration = Duration::from_secs(2);
-/// What an HTTP/2 connection that has not asked for anything yet may take then: it is told to go elsewhere, and nothing is lost.
+/// What an HTTP/2 connection that has not asked for anything yet may take then, before it is told to go elsewhere.
 const FIRST_HEAD_WITHIN: Duration = Duration::from_millis(100);
 /// What a connection whose TLS handshake is not over may take then: the client is asked at least once more.
 const HANDSHAKE_WHEN_DRAINING: Duration = Duration::from_secs(1);
@@ -210,7 +210,8 @@ async fn http1(
 
 /// Serves HTTP/2: until the client ends it, or nobody has asked for anything in a while, or the worker drains. Then it says
 /// so, and what was asked for by then is answered.
-async fn http2(connection: Rc<serve::Connection>, stream: Stream, phase: &mut watch::Receiver<Phase>) {
+async fn http2(connection: Rc<serve::Connection>, mut stream: Stream, phase: &mut watch::Receiver<Phase>) {
+    stream.talks();
     let streams = Streams(Rc::new(Load {
         worker: Rc::clone(&connection.worker),
         streams: Cell::new(0),
@@ -252,14 +253,18 @@ async fn http2(connection: Rc<serve::Connection>, stream: Stream, phase: &mut wa
             return;
         }
     }
-    if is_fresh() {
-        // Never asked for anything: it has had its time.
-        http.as_mut().graceful_shutdown();
-        let _ = timeout(FIRST_HEAD_WITHIN, turns.before_others(http)).await;
-        return;
-    }
+    // It says that it goes and still takes whatever is on its way; which stream was the last it says when the client has answered a
+    // ping, so a round trip later, and then it ends (RFC 9113, section 6.8). To end before that would lose a request that the client
+    // sent before it knew.
     http.as_mut().graceful_shutdown();
-    // The end takes the client's answer to a ping. One that gives none has the time that any has to read its last answer.
+    if is_fresh() {
+        // Of one that has not asked for anything there may be no answer to the ping either: it has as long as one in HTTP/1.1.
+        let ended = timeout(ONE_MORE_WITHIN, turns.before_others(http.as_mut())).await.is_ok();
+        if ended || is_fresh() {
+            return;
+        }
+    }
+    // One that gives no answer has the time that any has to read its last one.
     streams.0.since.set(Instant::now());
     tokio::select! {
         biased;
@@ -379,6 +384,14 @@ impl Stream {
 
     fn secured(stream: TlsStream<Lingering>) -> Self {
         Self { transport: Transport::Secured(Box::new(stream)), first: First::Known }
+    }
+
+    /// From here on the client may send something after its last request.
+    fn talks(&mut self) {
+        match &mut self.transport {
+            Transport::Plain(stream) => stream.talks(),
+            Transport::Secured(stream) => stream.get_mut().0.talks(),
+        }
     }
 
     /// Whether HTTP/2 was asked for; then reading begins at the first byte again.

@@ -2,7 +2,8 @@
 //!
 //! When a server closes a socket that still has unread bytes, the kernel resets the connection, and the reset can
 //! overtake the answer: a client whose request was refused for its size would never learn why. So, when there are
-//! unread bytes at the end, the stream is shut for writing and read for a bounded while.
+//! unread bytes at the end, the stream is shut for writing and read for a bounded while. In HTTP/2 there may be some at any time: a
+//! client makes room for the rest of an answer while it reads, and that must not cut the answer off.
 
 use std::cell::Cell;
 use std::io;
@@ -17,7 +18,7 @@ use tokio::time::Sleep;
 
 /// What is read and dropped at most, in bytes.
 const MOST: usize = 16 << 20;
-/// For how long at most.
+/// For how long at most; of one that goes on talking, since it last did.
 const WITHIN: Duration = Duration::from_secs(2);
 
 /// A stream and, while it closes, how much longer.
@@ -25,6 +26,8 @@ pub struct Lingering {
     stream: TcpStream,
     /// Set when the connection is to end with a reset.
     broken: Rc<Cell<bool>>,
+    /// The other end may send something after its last request.
+    talks: bool,
     closing: Option<(usize, Pin<Box<Sleep>>)>,
     shut: bool,
 }
@@ -33,7 +36,12 @@ impl Lingering {
     /// Takes over an accepted stream.
     #[must_use]
     pub fn new(stream: TcpStream, broken: Rc<Cell<bool>>) -> Self {
-        Self { stream, broken, closing: None, shut: false }
+        Self { stream, broken, talks: false, closing: None, shut: false }
+    }
+
+    /// From here on the other end may send something after its last request, as in HTTP/2.
+    pub fn talks(&mut self) {
+        self.talks = true;
     }
 
     /// Whether it is to end with a reset.
@@ -87,13 +95,19 @@ impl AsyncWrite for Lingering {
             ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
             self.shut = true;
             let mut first = [0; 4096];
-            match self.stream.try_read(&mut first) {
-                Ok(n) if n > 0 => self.closing = Some((MOST, Box::pin(tokio::time::sleep(WITHIN)))),
+            let talks = self.talks;
+            let is_more = match self.stream.try_read(&mut first) {
+                Ok(n) => n > 0,
+                Err(e) => talks && e.kind() == io::ErrorKind::WouldBlock,
+            };
+            if !is_more {
                 // Nothing is there, or the client has closed too: the usual end of a connection.
-                _ => return Poll::Ready(Ok(())),
+                return Poll::Ready(Ok(()));
             }
+            self.closing = Some((MOST, Box::pin(tokio::time::sleep(WITHIN))));
         }
         let this = &mut *self;
+        let talks = this.talks;
         let Some((left, until)) = &mut this.closing else { return Poll::Ready(Ok(())) };
         let mut dropped = [0; 16 * 1024];
         while until.as_mut().poll(cx).is_pending() {
@@ -103,7 +117,12 @@ impl AsyncWrite for Lingering {
                 Err(_) => 0,
             };
             match left.checked_sub(read) {
-                Some(rest) if read > 0 => *left = rest,
+                Some(rest) if read > 0 => {
+                    *left = rest;
+                    if talks {
+                        until.as_mut().reset(tokio::time::Instant::now() + WITHIN);
+                    }
+                }
                 _ => break,
             }
         }
@@ -131,6 +150,41 @@ mod tests {
         server.shutdown().await.unwrap();
         drop(server);
         assert_eq!(client.read(&mut part).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    /// Would miss: an answer whose rest is lost when the client makes room for it.
+    #[tokio::test]
+    async fn the_rest_of_an_answer_arrives_although_the_client_goes_on_talking() {
+        const BYTES: usize = 400_000;
+        for talks in [true, false] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut server = Lingering::new(stream, Rc::default());
+            if talks {
+                server.talks();
+            }
+            // More than the client's side takes before it reads.
+            server.write_all(&vec![b'x'; BYTES]).await.unwrap();
+            let close = async move {
+                server.shutdown().await.unwrap();
+                drop(server);
+            };
+            let read = async {
+                // In HTTP/1.1 the server is gone by now.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                let mut all = 0;
+                let mut piece = [0; 16 * 1024];
+                while let Ok(read @ 1..) = client.read(&mut piece).await {
+                    all += read;
+                    let _ = client.write_all(b"more").await;
+                }
+                drop(client);
+                all
+            };
+            let ((), read) = tokio::join!(close, read);
+            assert_eq!(read == BYTES, talks, "{read} of {BYTES} bytes");
+        }
     }
 
     #[tokio::test]
