@@ -95,9 +95,16 @@ fn deploy(
         ensure!(agreed(&format!("it {}", plan.ends.join("; it ")))?, "nothing is changed");
         asked.ends_states = true;
     }
+    let (compiled, micros) = (plan.compiled, plan.micros);
     // What was shown is what is agreed to.
     asked.plan = Some(plan.id);
-    show_done(out, json, client.change("/v1/deploy", &asked, doing)?)
+    let Step::Done(mut done) = client.change("/v1/deploy", &asked, doing)? else {
+        bail!("the appliance did not say what came of it")
+    };
+    // It was planned twice, and compiled the first time.
+    done.plan.compiled += compiled;
+    done.plan.micros += micros;
+    show(out, json, &done, deployed_text)
 }
 
 /// Sends a component if the appliance does not have it.
@@ -143,11 +150,6 @@ pub(crate) fn doing(words: &str) {
 fn show<T: Serialize>(out: &mut dyn Write, json: bool, value: &T, text: fn(&T) -> String) -> anyhow::Result<()> {
     let shown = if json { serde_json::to_string(value)? + "\n" } else { text(value) };
     Ok(out.write_all(shown.as_bytes())?)
-}
-
-fn show_done(out: &mut dyn Write, json: bool, last: Step) -> anyhow::Result<()> {
-    let Step::Done(done) = last else { bail!("the appliance did not say what came of it") };
-    show(out, json, &done, deployed_text)
 }
 
 fn pushed_text(pushed: &Pushed) -> String {

@@ -71,29 +71,28 @@ impl Command {
 /// # Errors
 /// [`Error`], with what to do about it; [`Error::Output`] if nobody takes what is written.
 pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) -> Result<(), Error> {
-    let text =
-        match command {
-            Command::Status => client.status().map(|s| text(&s, json, status_text)),
-            Command::Ps => client.ps().map(|p| text(&p, json, ps_text)),
-            Command::Logs { brane, since, follow } => {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                let since = since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
-                let since_ns = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
-                let query = Query { brane: brane.clone(), since_ns, follow: *follow };
-                return logs(client, &query, json, out);
-            }
-            Command::Secret(command) => return secret::run(command, client, json, out),
-            Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),
-            Command::Rollback { yes } => {
-                client.change("/v1/rollback", &Rollback { ends_states: *yes }, deploy::doing).map(|last| {
-                    text(&last, json, |last| {
-                        if let Step::Done(done) = last { deploy::deployed_text(done) } else { String::new() }
-                    })
-                })
-            }
-            Command::Poweroff => client.poweroff().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
-            Command::Reboot => client.reboot().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
-        };
+    let text = match command {
+        Command::Status => client.status().map(|s| text(&s, json, status_text)),
+        Command::Ps => client.ps().map(|p| text(&p, json, ps_text)),
+        Command::Logs { brane, since, follow } => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let since = since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
+            let since_ns = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+            let query = Query { brane: brane.clone(), since_ns, follow: *follow };
+            return logs(client, &query, json, out);
+        }
+        Command::Secret(command) => return secret::run(command, client, json, out),
+        Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),
+        Command::Rollback { yes } => {
+            client.change("/v1/rollback", &Rollback { ends_states: *yes }, deploy::doing).map(|last| match last {
+                // As `deploy` has it.
+                Step::Done(done) => text(&done, json, deploy::deployed_text),
+                other => text(&other, json, |_| String::new()),
+            })
+        }
+        Command::Poweroff => client.poweroff().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
+        Command::Reboot => client.reboot().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
+    };
     out.write_all(text?.as_bytes()).map_err(Error::Output)
 }
 

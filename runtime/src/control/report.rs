@@ -208,7 +208,8 @@ pub enum Step {
     Failed(String),
 }
 
-/// What a deploy or a way back has come to.
+/// What a deploy or a way back has come to: the whole answer of `gaia deploy --json` and `gaia rollback --json`, and a
+/// [`Step::Done`] of the API.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deployed {
     /// The graph's number in the history.
@@ -242,9 +243,9 @@ pub struct PlanReport {
     pub memory: u64,
     /// What else is to be said, as a person reads it.
     pub warnings: Vec<String>,
-    /// Components that had to be compiled for it.
+    /// Components that had to be compiled for it: by this request; in what `gaia deploy` shows of a deploy, by the plan before it, too.
     pub compiled: usize,
-    /// What planning took, in µs.
+    /// What planning took, compiling included, in µs; of the same.
     pub micros: u64,
 }
 
