@@ -713,6 +713,16 @@ fn a_deploy_that_fails_changes_nothing_and_says_where() {
         "{output}{error}"
     );
     assert_eq!(all_of(&run), before);
+    // What was only shown is not kept at hand for ever: each of these is machine code in memory, with a descriptor.
+    let control = role(&run, "control");
+    let mut held = Vec::new();
+    for number in 0..6 {
+        folder.put("shown.wasm", distinct(&guest("hello"), 1000 + number)).unwrap();
+        folder.put("shown.toml", image("file:./shown.wasm")).unwrap();
+        assert!(run.gaia(&["deploy", "shown.toml", "--dry-run"]).unwrap().0.success());
+        held.push(holds(control).descriptors);
+    }
+    assert!(held[5] <= held[0] + 2, "{held:?}");
     // Nobody is there to be asked.
     for arguments in [&["deploy", &file][..], &["--json", "deploy", &file]] {
         let (status, _, error) = run.gaia(arguments).unwrap();

@@ -274,10 +274,7 @@ pub(super) async fn start(control: &Control, planned: Planned) -> anyhow::Result
     control.plans.borrow_mut().insert(generation, Rc::clone(&plan));
     control.init.start(generation).await.with_context(|| format!("generation {generation}"))?;
     // What is not needed any more need not be kept to compile it less often.
-    let needed = |(digest, reservation): &(String, u64)| {
-        plan.branes.iter().any(|brane| brane.digest == *digest && brane.reservation == *reservation)
-    };
-    control.compiled.borrow_mut().retain(|of, _| needed(of));
+    control.compiled.borrow_mut().retain(|of, _| needs(&plan, of));
     control.forget_plans();
     Ok(())
 }
@@ -291,6 +288,11 @@ fn told(plan: &Plan) -> anyhow::Result<OwnedFd> {
         "the plan has {length} bytes, at most {most}: fewer branes or smaller secrets"
     );
     Ok(sealed(plan::FILE, &text)?)
+}
+
+/// Whether a generation runs the machine code of this component for this reservation.
+fn needs(plan: &Plan, (digest, reservation): &(String, u64)) -> bool {
+    plan.branes.iter().any(|brane| brane.digest == *digest && brane.reservation == *reservation)
 }
 
 /// A generation that could be started. It has its number when it is.
@@ -445,6 +447,11 @@ pub(super) async fn planned(control: &Control, asked: &Asked<'_>) -> anyhow::Res
     let manifest = gaia_manifest::parse(text).map_err(|wrong| refused(name, text, &wrong))?;
     let mut said = review::unsupported(&manifest);
     let (compiled, failed, fresh) = compile_all(control, asked, &manifest, workers).await;
+    // What serves and what was asked for last are kept at hand, however many are asked for and not started.
+    control.compiled.borrow_mut().retain(|of, _| {
+        let serves = control.plan.borrow().as_ref().is_some_and(|plan| needs(plan, of));
+        serves || compiled.values().any(|artefact| (&artefact.digest, artefact.reservation) == (&of.0, of.1))
+    });
     // Components and machine code are verified when they are read.
     control.say_findings().await;
     said.extend(failed);

@@ -30,6 +30,8 @@ pub(super) struct Vault {
     store: Arc<Store>,
     /// Components that came a moment ago.
     fresh: Arc<std::sync::Mutex<BTreeMap<Digest, Instant>>>,
+    /// What machine code for each reservation depends on, in a word: Wasmtime takes a while to say it.
+    settings: Arc<std::sync::Mutex<BTreeMap<u64, String>>>,
 }
 
 impl Vault {
@@ -43,7 +45,7 @@ impl Vault {
         let limits =
             Limits { bytes, component_bytes: MAX_COMPONENT, artefact_bytes: MAX_ARTEFACT, ..Limits::default() };
         let (store, findings) = Store::open(directory, limits)?;
-        Ok((Self { store: Arc::new(store), fresh: Arc::default() }, findings))
+        Ok((Self { store: Arc::new(store), fresh: Arc::default(), settings: Arc::default() }, findings))
     }
 
     /// The store, for what it knows without the disk.
@@ -101,7 +103,7 @@ impl Vault {
     /// Machine code that was made before from this component for such a reservation, by this very engine and for this very
     /// processor. None if there is none, or none that this key vouches for.
     pub(super) async fn artefact(&self, key: &Key, digest: &str, reservation: u64) -> Option<Artefact> {
-        let of = artefact_key(digest, reservation)?;
+        let of = self.artefact_key(digest, reservation)?;
         let (told, file) = self
             .with(move |store| {
                 let Ok(mut split) = Split::new() else { return Ok(None) };
@@ -117,22 +119,28 @@ impl Vault {
     /// # Errors
     /// The disk's, or that it is full.
     pub(super) async fn keep_artefact(&self, artefact: &Artefact) -> anyhow::Result<()> {
-        let of = artefact_key(&artefact.digest, artefact.reservation).context("no digest")?;
+        let of = self.artefact_key(&artefact.digest, artefact.reservation).context("no digest")?;
         let told = artefact.told()?;
         let length = u32::try_from(told.len()).context("its origin is too long")?;
         let code = ByPosition { file: File::from(artefact.file.try_clone()?), at: 0 };
         let head = io::Cursor::new([length.to_le_bytes().as_slice(), &told].concat());
         self.with(move |store| store.put_artefact(&of, head.chain(code))).await
     }
-}
 
-/// The engine is named by what Wasmtime says machine code depends on: version, settings, processor.
-fn artefact_key(digest: &str, reservation: u64) -> Option<ArtefactKey> {
-    let engine = engine::for_compiler(reservation).ok()?;
-    let mut hasher = DefaultHasher::new();
-    engine.precompile_compatibility_hash().hash(&mut hasher);
-    let settings = format!("{:016x}-{}", hasher.finish(), reservation >> 20);
-    Some(ArtefactKey { component: format!("sha256:{digest}").parse().ok()?, settings })
+    /// The engine is named by what Wasmtime says machine code depends on: version, settings, processor.
+    fn artefact_key(&self, digest: &str, reservation: u64) -> Option<ArtefactKey> {
+        let component = format!("sha256:{digest}").parse().ok()?;
+        let mut known = self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(settings) = known.get(&reservation) {
+            return Some(ArtefactKey { component, settings: settings.clone() });
+        }
+        let engine = engine::for_compiler(reservation).ok()?;
+        let mut hasher = DefaultHasher::new();
+        engine.precompile_compatibility_hash().hash(&mut hasher);
+        let settings = format!("{:016x}-{}", hasher.finish(), reservation >> 20);
+        known.insert(reservation, settings.clone());
+        Some(ArtefactKey { component, settings })
+    }
 }
 
 /// A file that others read, too, from its beginning.
