@@ -1,6 +1,7 @@
 //! What control tells the workers of a generation: one JSON file beside the artefacts. Written by control, read once
 //! by each worker before it is sealed. A keeper has one of its own, with its brane alone.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use gaia_init::sandbox::worker::Reach;
@@ -25,6 +26,9 @@ pub struct Plan {
     /// The graph of the store's history that becomes the current one when this serves; none, if that changes nothing there.
     #[serde(default)]
     pub graph: Option<u64>,
+    /// What a new control needs to go on with its trial; none, if it has none.
+    #[serde(default)]
+    pub trial: Option<Trial>,
     /// How many workers share the replicas.
     pub workers: u32,
     /// The branes, in the order of their statistics.
@@ -32,6 +36,15 @@ pub struct Plan {
     /// Certificates of authorities that are trusted beside the usual ones, in PEM; empty where no brane sends requests.
     #[serde(default)]
     pub roots: String,
+}
+
+/// A deploy of which it is counted for a while how many of its processes die.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trial {
+    /// Since when, in ns since the boot.
+    pub since_ns: u64,
+    /// How often each role had been started again by then, as init counts it.
+    pub restarts: BTreeMap<String, u32>,
 }
 
 /// One brane as a worker sees it.

@@ -818,6 +818,93 @@ fn a_graph_whose_workers_keep_dying_is_taken_back_and_says_why() {
     assert!(run.interrupt().unwrap().success());
 }
 
+/// Would miss: a graph that crashes its workers and stays because control died in between, or a control that begins to count anew.
+#[test]
+fn a_graph_on_trial_stays_on_it_when_control_is_killed() {
+    let folder = Folder::with(&versioned(0, "file:./version.wasm", "")).unwrap();
+    let run = folder.run(&[&DATA[..], &["--workers", "1"]].concat()).unwrap().serving().unwrap();
+    for number in [1, 2] {
+        deploy(&run, &put_version(&folder, number, "file:./version.wasm", "")).unwrap();
+    }
+    let another = |name: &str, than: i64| {
+        let found = || roles(&run).into_iter().find(|(role, pid)| role == name && *pid != than);
+        until(&format!("{name} does not come back"), found).1
+    };
+    let mut worker = 0;
+    for death in 1..=3 {
+        worker = another("worker@0", worker);
+        until("it does not serve", || served(&run).ok());
+        assert_eq!((kept(&run), served(&run)), (Some(2), Ok(2)), "before death {death}");
+        let control = role(&run, "control");
+        // The second one while there is no control: another is started some ms later.
+        if death == 2 {
+            assert!(kill(control) && kill(worker));
+        } else {
+            assert!(kill(worker));
+            if death == 1 {
+                until("it does not come back", || (another("worker@0", worker) != 0).then_some(()));
+                assert!(kill(control));
+            }
+        }
+        if death < 3 {
+            another("control", control);
+        }
+    }
+    run.error.line("graph 2 is taken back by itself: 3 of its processes died within 60s").unwrap();
+    until("the graph before does not serve", || (served(&run) == Ok(1) && kept(&run) == Some(1)).then_some(()));
+    let outcome = run.ask("graphs").unwrap()["graphs"][1]["outcome"].clone();
+    assert!(outcome.as_str().unwrap().contains("graph 1 serves again"), "{outcome}");
+    // The graph before is not on trial, whoever counts.
+    for _ in 0..2 {
+        worker = another("worker@0", worker);
+        until("it does not serve", || served(&run).ok());
+        assert!(kill(worker));
+    }
+    let control = role(&run, "control");
+    assert!(kill(control));
+    another("control", control);
+    until("it does not serve", || served(&run).ok());
+    assert_eq!((served(&run), kept(&run)), (Ok(1), Some(1)));
+    assert!(run.interrupt().unwrap().success());
+}
+
+/// Would miss: a control that ends between the cut-over and the moment at which the graph is kept as the current one, and a new one
+/// that leaves it at that: the next restart would serve another graph than the one that serves.
+#[test]
+fn what_serves_is_kept_by_the_next_control_if_the_last_one_could_not() {
+    let folder = Folder::with(&versioned(0, "file:./version.wasm", "")).unwrap();
+    let run = folder.run(&[&DATA[..], &["--workers", "1"]].concat()).unwrap().serving().unwrap();
+    deploy(&run, &put_version(&folder, 1, "file:./version.wasm", "")).unwrap();
+    let file = put_version(&folder, 2, "file:./version.wasm", "");
+    let control = Pid::from_raw(i32::try_from(role(&run, "control")).unwrap()).unwrap();
+    let before = children(run.pid(), "worker").len();
+    let mut deploying = run.command(&["--json", "deploy", &file, "--yes"]);
+    let deploying = deploying.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + ANSWER_WITHIN;
+    // There is a new worker, so the supervisor knows the whole generation and goes on by itself.
+    while children(run.pid(), "worker").len() == before {
+        assert!(Instant::now() < deadline, "no new worker");
+        std::thread::yield_now();
+    }
+    rustix::process::kill_process(control, Signal::STOP).unwrap();
+    run.error.line("serving generation 3").unwrap();
+    assert_eq!(kept_on_disk(&folder), 1, "it was stopped in time");
+    rustix::process::kill_process(control, Signal::KILL).unwrap();
+    assert!(!deploying.wait_with_output().unwrap().status.success(), "nobody was left to answer");
+    run.error.line("graph 2 serves and is the current one now; kept as that was 1").unwrap();
+    assert_eq!((served(&run), kept(&run), kept_on_disk(&folder)), (Ok(2), Some(2), 2));
+    assert!(run.interrupt().unwrap().success());
+    let run = folder.run(&DATA).unwrap().serving().unwrap();
+    assert_eq!((served(&run), kept(&run)), (Ok(2), Some(2)));
+    assert!(run.interrupt().unwrap().success());
+}
+
+/// The number in the file `current`.
+fn kept_on_disk(folder: &Folder) -> u64 {
+    let file = std::fs::read_to_string(folder.path().join("data/current")).unwrap();
+    serde_json::from_str::<Value>(file.lines().next().unwrap()).unwrap()["number"].as_u64().unwrap()
+}
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Harm {
     Flip,

@@ -8,7 +8,7 @@
 //! One change at a time. Until the generation serves, the old one does, and nothing has changed; when power fails or control ends in
 //! between, it is the old graph or the new one. What has been answered is on the disk. Whoever asked may go away: a change goes on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -30,6 +30,7 @@ use super::deploy::{self, Asked, Planned};
 use super::report::{Deploy, Deployed, Done, GraphEntry, Graphs, PlanReport, Pushed, Rollback, Step};
 use super::vault::Vault;
 use super::{Control, change};
+use crate::plan;
 
 /// The longest request for a deploy, in bytes: a manifest, each byte of which JSON may write in two, and images.
 const MAX_DEPLOY: usize = 4 << 20;
@@ -314,7 +315,7 @@ async fn deployed(
 /// What would change, and the word that stands for it.
 fn report(control: &Control, planned: &Planned, began: Instant) -> PlanReport {
     let serving = control.plan.borrow();
-    let against = control.vault.as_ref().and_then(|vault| vault.store().current_number());
+    let against = control.current_number();
     let serves = serving.as_ref().map(|plan| plan.generation);
     // Secrets may be among it, so a word that tells nothing of them.
     let id = serde_json::to_vec(&(serves, &planned.plan)).map(|all| control.key.word(&all)).unwrap_or_default();
@@ -351,6 +352,7 @@ async fn swapped(control: &Rc<Control>, mut planned: Planned, graph: &Graph, tel
     if !planned.changes_nothing(control) {
         room(control, tell).await?;
         tell.doing("starting its workers");
+        planned.plan.trial = Some(plan::Trial { since_ns: since_boot(), restarts: restarts(control).await? });
         deploy::start(control, planned).await?;
     }
     let kept = vault.with(move |store| store.set_current(number)).await;
@@ -367,7 +369,7 @@ async fn swapped(control: &Rc<Control>, mut planned: Planned, graph: &Graph, tel
 pub(super) async fn settled(control: &Control) -> anyhow::Result<()> {
     let Some(vault) = &control.vault else { return Ok(()) };
     let Some(serves) = control.plan.borrow().as_ref().and_then(|plan| plan.graph) else { return Ok(()) };
-    let current = vault.store().current_number();
+    let current = control.current_number();
     if current == Some(serves) {
         return Ok(());
     }
@@ -426,22 +428,65 @@ pub(super) fn millis(since: Instant) -> u64 {
 
 /// A worker or keeper of this generation has died. If that goes on just after a deploy, the graph before it serves again.
 pub(super) fn died(control: &Rc<Control>, generation: u32, name: &str, cause: &str) {
+    counted(control, generation, 1, &format!("the last was {name}, which {cause}"));
+}
+
+/// Goes on with the trial of what serves, if it is on one: the control before this one may have ended meanwhile. Who died since the
+/// deploy, init knows, whether there was a control or not.
+pub(super) async fn resumed(control: &Rc<Control>) -> anyhow::Result<()> {
+    let serves = control.plan.borrow().clone();
+    let Some((plan, trial)) = serves.as_ref().and_then(|plan| Some((plan, plan.trial.as_ref()?))) else {
+        return Ok(());
+    };
+    let Some(graph) = plan.graph.filter(|graph| control.current_number() == Some(*graph)) else { return Ok(()) };
+    let age = Duration::from_nanos(since_boot().saturating_sub(trial.since_ns));
+    let Some(since) = Instant::now().checked_sub(age).filter(|_| age < TRIAL) else { return Ok(()) };
+    let died = restarts(control).await?.into_iter().map(|(role, now)| {
+        let then = trial.restarts.get(&role).copied().unwrap_or(0);
+        now.saturating_sub(then)
+    });
+    let died = died.sum();
+    *control.trial.borrow_mut() = Some(Trial { graph, generation: plan.generation, since, deaths: 0 });
+    counted(control, plan.generation, died, "the last while control was away");
+    Ok(())
+}
+
+/// How often each worker and keeper has been started again.
+async fn restarts(control: &Control) -> anyhow::Result<BTreeMap<String, u32>> {
+    let mut all = BTreeMap::new();
+    let roles = control.init.roles().await?.into_iter();
+    // One that drains beside its successor counts with it.
+    for role in roles.filter(|role| role.name.starts_with("worker@") || role.name.starts_with("keeper@")) {
+        let most = all.entry(role.name).or_insert(0);
+        *most = role.restarts.max(*most);
+    }
+    Ok(all)
+}
+
+/// In ns.
+fn since_boot() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    now.tv_sec.cast_unsigned().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec.cast_unsigned())
+}
+
+/// So many more have died.
+fn counted(control: &Rc<Control>, generation: u32, deaths: u32, last: &str) {
     let graph = {
         let mut trial = control.trial.borrow_mut();
         let Some(on) = trial.as_mut().filter(|on| on.generation == generation && on.since.elapsed() < TRIAL) else {
             return;
         };
-        on.deaths += 1;
+        on.deaths += deaths;
         if on.deaths < DEATHS {
             return;
         }
         trial.take().map_or(0, |on| on.graph)
     };
-    let why = format!(
-        "taken back by itself: {DEATHS} of its processes died within {TRIAL:?}, the last was {name}, which {cause}"
-    );
+    let why = format!("taken back by itself: {DEATHS} of its processes died within {TRIAL:?}, {last}");
     let control = Rc::clone(control);
     tokio::task::spawn_local(async move {
+        // Should this control end before it is done, the reason is kept already.
+        note(&control, graph, format!("graph {graph} is to be {why}")).await;
         let outcome = taken_back(&control, graph).await;
         let outcome = match outcome {
             Ok(to) => format!("graph {graph} is {why}; graph {to} serves again"),

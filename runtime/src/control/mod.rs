@@ -263,6 +263,7 @@ impl Control {
             Some(generation) => {
                 self.take_over(generation, std::mem::take(&mut found.files)).await?;
                 delivery::settled(self).await.context("which graph is current could not be kept")?;
+                delivery::resumed(self).await.context("whether it is on trial could not be found out")?;
             }
             None => deploy::first(self).await?,
         }
@@ -304,6 +305,11 @@ impl Control {
         if let Some(plan) = self.plans.borrow().get(&generation) {
             *self.plan.borrow_mut() = Some(Rc::clone(plan));
         }
+    }
+
+    /// The number of the graph that is current in the store.
+    fn current_number(&self) -> Option<u64> {
+        self.vault.as_ref().and_then(|vault| vault.store().current_number())
     }
 
     /// Shows a line on the console.
