@@ -157,10 +157,7 @@ mod tests {
     async fn the_rest_of_an_answer_arrives_although_the_client_goes_on_talking() {
         const BYTES: usize = 400_000;
         for talks in [true, false] {
-            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-            let (stream, _) = listener.accept().await.unwrap();
-            let mut server = Lingering::new(stream, Rc::default());
+            let (mut client, mut server) = pair().await;
             if talks {
                 server.talks();
             }
@@ -185,6 +182,57 @@ mod tests {
             let ((), read) = tokio::join!(close, read);
             assert_eq!(read == BYTES, talks, "{read} of {BYTES} bytes");
         }
+    }
+
+    async fn pair() -> (TcpStream, Lingering) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        (client, Lingering::new(stream, Rc::default()))
+    }
+
+    /// Would miss: a connection of somebody silent that is held for ever because a byte was left unread.
+    #[tokio::test]
+    async fn it_waits_no_longer_than_it_may() {
+        let (mut client, mut server) = pair().await;
+        client.write_all(b"xy").await.unwrap();
+        server.read_u8().await.unwrap();
+        let began = std::time::Instant::now();
+        server.shutdown().await.unwrap();
+        assert!(began.elapsed() >= WITHIN - Duration::from_millis(50), "{:?}", began.elapsed());
+        assert!(began.elapsed() < 10 * WITHIN, "{:?}", began.elapsed());
+        assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0, "it was told the end at once");
+    }
+
+    #[tokio::test]
+    async fn where_all_was_read_it_does_not_wait() {
+        let (mut client, mut server) = pair().await;
+        client.write_all(b"x").await.unwrap();
+        server.read_u8().await.unwrap();
+        let began = std::time::Instant::now();
+        server.shutdown().await.unwrap();
+        assert!(began.elapsed() < WITHIN, "{:?}", began.elapsed());
+    }
+
+    /// Would miss: somebody who sends without end and is read without end.
+    #[tokio::test]
+    async fn it_reads_no_more_than_it_may() {
+        let (mut client, mut server) = pair().await;
+        let sending = async {
+            let (piece, mut sent) = (vec![b'x'; 64 * 1024], 0);
+            while let Ok(more) = client.write(&piece).await {
+                sent += more;
+            }
+            sent
+        };
+        let closing = async {
+            server.read_u8().await.unwrap();
+            server.shutdown().await.unwrap();
+            drop(server);
+        };
+        let (sent, ()) = tokio::join!(sending, closing);
+        // Beyond what was read there is what both kernels hold.
+        assert!(sent < MOST + (32 << 20), "{sent}");
     }
 
     #[tokio::test]

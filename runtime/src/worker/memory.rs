@@ -15,8 +15,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
 
 use anyhow::Context as _;
 use gaia_tmpfs::Budget;
@@ -248,6 +248,38 @@ pub fn largest(mut all: Vec<Arc<Held>>, wanted: u64) -> Vec<Arc<Held>> {
     all
 }
 
+/// An instance that holds less than this part of what is missing is small.
+const SMALL: u64 = 8;
+/// Rounds in vain after which small instances are ended as well.
+const SMALL_AFTER: u32 = 20;
+
+/// Who ends while memory is short, round by round.
+#[derive(Debug, Default)]
+pub struct Shedding {
+    /// Those that were chosen before and are not gone yet.
+    going: Vec<Weak<Held>>,
+    /// Rounds in which something was missing and nobody was large enough.
+    in_vain: u32,
+}
+
+impl Shedding {
+    /// Of those that are at work, who is to end now that so many bytes are missing.
+    pub fn round(&mut self, all: Vec<Arc<Held>>, over: u64) -> Vec<Arc<Held>> {
+        self.going.retain(|held| held.strong_count() > 0);
+        let is_going =
+            |held: &Arc<Held>| self.going.iter().any(|going| std::ptr::eq(going.as_ptr(), Arc::as_ptr(held)));
+        let (gone, mut all): (Vec<_>, Vec<_>) = all.into_iter().partition(is_going);
+        let missing = over.saturating_sub(gone.iter().map(|held| held.bytes()).sum());
+        if self.in_vain < SMALL_AFTER {
+            all.retain(|held| held.bytes() >= missing / SMALL);
+        }
+        let ended = largest(all, missing);
+        self.in_vain = if missing > 0 && ended.is_empty() { self.in_vain + 1 } else { 0 };
+        self.going.extend(ended.iter().map(Arc::downgrade));
+        ended
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -308,6 +340,52 @@ mod tests {
         assert!(pressure.grant(100 << 20), "it had its time");
     }
 
+    fn held(bytes: &u64) -> Arc<Held> {
+        Arc::new(Held { memory: AtomicU64::new(*bytes), ..Held::default() })
+    }
+
+    fn sizes(of: &[Arc<Held>]) -> Vec<u64> {
+        of.iter().map(|held| held.bytes()).collect()
+    }
+
+    /// Would miss: small instances of one worker that end for the large one of another.
+    #[test]
+    fn small_instances_are_spared_until_nothing_else_has_helped() {
+        let small: Vec<_> = [9, 12, 10].iter().map(held).collect();
+        let mut shedding = Shedding::default();
+        for round in 0..SMALL_AFTER {
+            assert_eq!(sizes(&shedding.round(small.clone(), 100)), [0; 0], "round {round}");
+        }
+        assert_eq!(sizes(&shedding.round(small.clone(), 20)), [12, 10]);
+        assert_eq!(sizes(&shedding.round(small, 100)), [0; 0], "and then it is counted anew");
+    }
+
+    #[test]
+    fn a_round_without_need_forgets_those_in_vain() {
+        let small = vec![held(&9)];
+        let mut shedding = Shedding::default();
+        for _ in 1..SMALL_AFTER {
+            shedding.round(small.clone(), 100);
+        }
+        shedding.round(small.clone(), 0);
+        for _ in 0..SMALL_AFTER {
+            assert!(shedding.round(small.clone(), 100).is_empty());
+        }
+        assert_eq!(shedding.round(small, 100).len(), 1);
+    }
+
+    /// Would miss: a second one that ends because the first takes a moment to go.
+    #[test]
+    fn who_is_on_its_way_out_counts_as_gone_and_is_not_chosen_twice() {
+        let mut all: Vec<_> = [60, 50, 40].iter().map(held).collect();
+        let mut shedding = Shedding::default();
+        assert_eq!(sizes(&shedding.round(all.clone(), 50)), [60]);
+        assert_eq!(sizes(&shedding.round(all.clone(), 50)), [0; 0], "it is still there");
+        assert_eq!(sizes(&shedding.round(all.clone(), 100)), [50], "more is missing than it gives back");
+        all.remove(0);
+        assert_eq!(sizes(&shedding.round(all, 85)), [40], "the first is gone, and it was not enough");
+    }
+
     fn tempfile() -> File {
         rustix::fs::memfd_create("memory.current", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into()
     }
@@ -315,7 +393,6 @@ mod tests {
     proptest! {
         #[test]
         fn the_largest_are_enough_and_no_more(sizes in proptest::collection::vec(0_u64..100, 0..20), wanted in 0_u64..500) {
-            let held = |bytes: &u64| Arc::new(Held { memory: AtomicU64::new(*bytes), ..Held::default() });
             let chosen = largest(sizes.iter().map(held).collect(), wanted);
             let sum = |of: &[Arc<Held>]| of.iter().map(|held| held.bytes()).sum::<u64>();
             prop_assert!(sum(&chosen) >= wanted || chosen.len() == sizes.len());

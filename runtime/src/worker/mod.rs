@@ -25,8 +25,8 @@ use std::io::Write as _;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -259,11 +259,6 @@ async fn beat(init: Rc<Channel>) {
     }
 }
 
-/// An instance that holds less than this part of what is missing is small.
-const SMALL: u64 = 8;
-/// Rounds of two ticks, while memory is short, after which small instances are ended as well.
-const SMALL_AFTER: u32 = 20;
-
 /// What the accepting and the serving tasks watch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -364,26 +359,12 @@ impl Worker {
 /// All processes see the same shortage, and the one that has the largest instance shall end it: small ones are ended only when that has not
 /// helped for some rounds. What is ended counts as given back from then on, though its release may take a moment.
 async fn shed(worker: Rc<Worker>) {
-    let (mut going, mut in_vain) = (Vec::<Weak<memory::Held>>::new(), 0);
+    let mut shedding = memory::Shedding::default();
     loop {
         worker.means.pressure.near().await;
         worker.branes.iter().for_each(|brane| brane.shed());
-        going.retain(|held| held.strong_count() > 0);
-        let (gone, mut all): (Vec<_>, Vec<_>) = worker
-            .branes
-            .iter()
-            .flat_map(|brane| brane.held())
-            .partition(|held| going.iter().any(|going| std::ptr::eq(going.as_ptr(), Arc::as_ptr(held))));
-        let missing = worker.means.pressure.over().saturating_sub(gone.iter().map(|held| held.bytes()).sum());
-        if in_vain < SMALL_AFTER {
-            all.retain(|held| held.bytes() >= missing / SMALL);
-        }
-        let ended = memory::largest(all, missing);
-        in_vain = if missing > 0 && ended.is_empty() { in_vain + 1 } else { 0 };
-        for held in ended {
-            held.end();
-            going.push(Arc::downgrade(&held));
-        }
+        let held = worker.branes.iter().flat_map(|brane| brane.held()).collect();
+        shedding.round(held, worker.means.pressure.over()).iter().for_each(|held| held.end());
         tokio::time::sleep(2 * turns::TICK).await;
     }
 }
