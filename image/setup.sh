@@ -34,6 +34,7 @@ readonly PACKAGES_CHECK=(
     g++  # libFuzzer, which drives the fuzz targets
     curl # the request a person makes
     wrk  # load while a graph is deployed, and what `make bench` holds its own against
+    rsyslog rsyslog-gnutls # where the log is sent; the tests start their own, and Debian's service is not needed
     docker-registry # what components are pushed to and pulled from; the tests start their own, and Debian's service is not needed
 )
 readonly TARGETS=(x86_64-unknown-linux-musl wasm32-wasip2)

@@ -19,6 +19,7 @@
 //!                       │          │ (channel)   │  for, one shot) │ (channel, listeners, stats)
 //! ```
 
+pub mod collector;
 pub mod cores;
 pub mod descriptors;
 pub mod given;

@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 
+use crate::collector::Collector;
 use crate::key::PublicKey;
 
 /// The largest `gaia.toml` that is read, in bytes.
@@ -35,6 +36,8 @@ pub struct Settings {
     pub console: Console,
     /// `[control]`
     pub control: Control,
+    /// `[logs]`
+    pub logs: Logs,
     /// `[operators]`: who may operate the appliance over the network, by a name for the log; nobody unless listed.
     pub operators: BTreeMap<Operator, PublicKey>,
 }
@@ -185,6 +188,14 @@ pub struct Control {
     pub port: u16,
 }
 
+/// What becomes of the log besides being kept.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Logs {
+    /// The collector to which control sends every line; none unless it is named.
+    pub export: Option<Collector>,
+}
+
 /// The port on which control answers operators, if `gaia.toml` does not say another: the number of the RFC by which both
 /// sides show their keys, and nobody's at IANA.
 pub const CONTROL_PORT: u16 = 7250;
@@ -326,6 +337,9 @@ mod tests {
         .unwrap();
         assert_eq!(s.egress.roots, ["my-ca.pem"]);
         assert_eq!(s.network.address.len(), 2);
+        assert_eq!(s.logs.export, None, "nobody, unless named");
+        let logs = parse("[logs]\nexport = \"syslog+tls://logs.example.org\"\n").unwrap().logs;
+        assert_eq!(logs.export.unwrap().port, 6514);
         assert_eq!(s.workers.huge_pages, HugePages::Never);
         assert_eq!(s.console.mode, ConsoleMode::Observe);
         assert_eq!(s.ingress.http, [80], "what is not named keeps its default");
@@ -361,6 +375,8 @@ mod tests {
             ("[ingress]\nhttps = [80]\ncertificate = \"a.pem\"\nkey = \"a.key\"", "port 80"),
             ("[ingress]\nhttps = [443]\ncertificate = \"a.pem\"\nkey = \"/etc/a.key\"", "beside the graph"),
             ("[ingress]\ncertificate = \"a\\nb\"", "beside the graph"),
+            ("[logs]\nexport = \"udp://loghost\"", "syslog+tls and syslog+tcp"),
+            ("[logs]\nexport = \"udp://loghost\"", "line 2, column 10"),
             ("[control]\nport = 0", "not a port"),
             (
                 "[control]\nport = 80\n[operators]\nann = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"",

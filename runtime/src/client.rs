@@ -1,5 +1,6 @@
 //! The operator's side of the API, and how its answers look.
 
+use std::cell::Cell;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::pin::pin;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use gaia_init::given::{Fires, Interrupt};
 use gaia_store::{Digest, Reference};
-use http::{Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -16,10 +17,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 
-use crate::control::log::Query;
+use crate::control::log::{Place, Query};
 use crate::control::report::{Done, Failed, Given, Graphs, Line, Ps, Pushed, Secrets, Status, Step};
-use crate::remote::{Folder, Remote};
+use crate::remote::{Folder, Remote, Untrusted};
 
 /// Where the appliance's control listens.
 pub const DEFAULT_SOCKET: &str = "/run/control.sock";
@@ -29,6 +31,23 @@ const MAX_ANSWER: usize = 64 << 20;
 const WITHIN: Duration = Duration::from_secs(10);
 /// What pushing a component may take: the largest over a slow line.
 const PUSHED_WITHIN: Duration = Duration::from_mins(10);
+
+/// A follower to whom nothing came for so long has nobody at the other end any more: there is a sign of life four times in it.
+const SILENT: Duration = Duration::from_mins(1);
+/// How long it waits before it tries again: first, and at most.
+const WAIT: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+
+/// What becomes of following.
+#[derive(Debug)]
+pub enum Turn<'a> {
+    /// It broke off. It is tried again, for ever.
+    Broke(&'a Error),
+    /// It goes on.
+    Again {
+        /// With another control: what the one before knew and had not told yet is gone.
+        anew: bool,
+    },
+}
 
 /// Why an appliance could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -42,9 +61,12 @@ pub enum Error {
         /// What the kernel said.
         source: std::io::Error,
     },
-    /// It cannot be reached over the network, or is not the one that it was.
+    /// It is not the one that it was, or does not take this operator.
     #[error("{0}")]
     Remote(String),
+    /// It cannot be reached over the network.
+    #[error("{0}")]
+    Away(String),
     /// It took too long.
     #[error("no answer within {} s", .0.as_secs())]
     Slow(Duration),
@@ -203,15 +225,60 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub fn logs(&self, query: &Query, line: impl FnMut(Line) -> bool) -> Result<(), Error> {
-        let mut path = format!("/v1/logs?since_ns={}", query.since_ns);
-        if let Some(brane) = &query.brane {
-            path.push_str("&brane=");
-            path.push_str(brane);
+        self.lines(Method::GET, &format!("/v1/logs?{query}"), Bytes::new(), line)
+    }
+
+    /// The same, without an end: when the conversation breaks, it is begun again where it was. `turn` is told when that
+    /// happens.
+    ///
+    /// # Errors
+    /// [`Error`], if it does not come about the first time, or will not again.
+    pub fn follow(
+        &self,
+        query: &Query,
+        mut line: impl FnMut(Line) -> bool,
+        mut turn: impl FnMut(Turn<'_>),
+    ) -> Result<(), Error> {
+        let mut query = Query { follow: true, ..query.clone() };
+        let (mut wait, mut away) = (WAIT.0, false);
+        loop {
+            let (place, goes_on) = (Cell::new(query.from), Cell::new(true));
+            let begun = |head: &HeaderMap| {
+                let now = head.get(Place::FIELD).and_then(|place| Place::parse(place.to_str().ok()?));
+                if std::mem::take(&mut away) {
+                    let anew = now.map(|place| place.history) != query.from.map(|place| place.history);
+                    turn(Turn::Again { anew });
+                }
+                place.set(now);
+            };
+            let each = |one: Line| {
+                place.set(place.get().map(|place| Place { number: one.seq + 1, ..place }));
+                wait = WAIT.0;
+                goes_on.set(line(one));
+                goes_on.get()
+            };
+            let path = format!("/v1/logs?{query}");
+            let ended = self.lines_from(Method::GET, &path, Bytes::new(), Some(SILENT), begun, each);
+            query.from = place.get();
+            if !goes_on.get() {
+                return Ok(());
+            }
+            let error = match ended {
+                Ok(()) => Error::Broken("it ended".to_owned()),
+                Err(error) => error,
+            };
+            match error {
+                // Where it was begun once, it may be begun again.
+                Error::Connect { .. } | Error::Away(_) | Error::Broken(_) | Error::Slow(_) if query.from.is_some() => {
+                    if !std::mem::replace(&mut away, true) {
+                        turn(Turn::Broke(&error));
+                    }
+                }
+                other => return Err(other),
+            }
+            std::thread::sleep(wait);
+            wait = (wait * 2).min(WAIT.1);
         }
-        if query.follow {
-            path.push_str("&follow=true");
-        }
-        self.lines(Method::GET, &path, Bytes::new(), line)
     }
 
     /// Asks for what comes line by line, and calls `line` with each until there is none or it says no.
@@ -220,14 +287,29 @@ impl Client {
         method: Method,
         path: &str,
         body: Bytes,
+        line: impl FnMut(T) -> bool,
+    ) -> Result<(), Error> {
+        self.lines_from(method, path, body, None, |_| (), line)
+    }
+
+    /// The same: `begun` sees the answer's head, and nothing may come for so long, not even an empty line.
+    fn lines_from<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        silent: Option<Duration>,
+        begun: impl FnOnce(&HeaderMap),
         mut line: impl FnMut(T) -> bool,
     ) -> Result<(), Error> {
+        let silent = silent.unwrap_or(Duration::MAX);
         runtime()?.block_on(async {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
-                let mut body = self.answered(sender, method, path, body).await?.into_body();
-                let mut text = Vec::new();
-                while let Some(frame) = body.frame().await {
+                let answer = self.answered(sender, method, path, body).await?;
+                begun(answer.headers());
+                let (mut body, mut text) = (answer.into_body(), Vec::new());
+                while let Some(frame) = timeout(silent, body.frame()).await.map_err(|_| Error::Slow(silent))? {
                     text.extend(frame.map_err(|e| self.broken(&e))?.data_ref().into_iter().flatten());
                     let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
                     for one in text[..whole].split(|b| *b == b'\n').filter(|one| !one.is_empty()) {
@@ -263,7 +345,11 @@ impl Client {
             }
             Way::Network(folder, remote) => {
                 let stream = remote.connect(folder).await;
-                Box::new(stream.map_err(|e| Error::Remote(format!("{e:#}")))?)
+                Box::new(stream.map_err(|e| {
+                    let words = format!("{e:#}");
+                    // One that shows another key than its own will not be another after a while.
+                    if e.is::<Untrusted>() { Error::Remote(words) } else { Error::Away(words) }
+                })?)
             }
         };
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| Error::Broken(e.to_string()))
@@ -342,6 +428,18 @@ pub fn status_text(s: &Status) -> String {
     }
     let _ = writeln!(out, "serves   {serving} · {} requests, {} lost with a worker", s.requests, s.lost);
     let _ = writeln!(out, "memory   {} of {} MiB used", used / 1024, s.memory.total_kib / 1024);
+    let dropped: u64 = s.workers.iter().map(|w| w.dropped).sum();
+    if dropped > 0 {
+        let _ = writeln!(out, "log      {dropped} records had no room, and are told as LOST");
+    }
+    if let Some(export) = &s.export {
+        let state = match (&export.error, export.connected) {
+            (_, true) => "connected".to_owned(),
+            (Some(error), false) => format!("not connected: {error}"),
+            (None, false) => "connecting".to_owned(),
+        };
+        let _ = writeln!(out, "log      to {}: {} sent, {} missed; {state}", export.to, export.sent, export.missed);
+    }
     for words in &s.words {
         let _ = writeln!(out, "deploy   {}", words.replace('\n', "\n         "));
     }

@@ -119,10 +119,8 @@ fn main() -> ExitCode {
                 Role::Worker => worker::run(),
                 Role::Keeper => worker::keeper::run(),
                 Role::Console => sandboxed(&sandbox::console::SANDBOX).and_then(|()| prompt(&local())),
-                Role::Log => sandboxed(&sandbox::log::SANDBOX).and_then(|()| {
-                    let follow = operate::Command::Logs { brane: None, since: None, follow: true };
-                    operate::run(&follow, &local(), false, &mut stdout()).map_err(Into::into)
-                }),
+                Role::Log => sandboxed(&sandbox::log::SANDBOX)
+                    .and_then(|()| operate::show(&local(), &mut stdout()).map_err(Into::into)),
             }
         }
     };

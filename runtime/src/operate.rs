@@ -2,15 +2,17 @@
 
 pub mod secret;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use crate::client::{Client, Error, ps_text, status_text};
-use crate::control::log::Query;
-use crate::control::report::{Rollback, Step};
+use crate::client::{Client, Error, Turn, ps_text, status_text};
+use crate::control::log::{Query, instance};
+use crate::control::report::{Line, Rollback, Step};
 use crate::deploy;
+use crate::log::Kind;
+use crate::log::time::Moment;
 
 /// A command to a running appliance.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
@@ -21,15 +23,12 @@ pub enum Command {
     Ps,
     /// What branes said, and what became of their requests
     Logs {
-        /// Of this brane alone
-        #[arg(long)]
-        brane: Option<String>,
-        /// Not older than this: 30s, 5m
-        #[arg(long, value_parser = gaia_manifest::units::duration)]
-        since: Option<Duration>,
-        /// Go on with what comes
-        #[arg(long, short)]
-        follow: bool,
+        /// Which lines
+        #[command(flatten)]
+        which: Which,
+        /// Kinds in colours; auto, on a terminal that has them
+        #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
+        color: Color,
     },
     /// The graphs that were deployed, oldest first
     Graphs,
@@ -48,6 +47,76 @@ pub enum Command {
     Reboot,
 }
 
+/// Which lines of the log.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+pub struct Which {
+    /// Of this brane; may be given more than once
+    #[arg(long, value_name = "NAME")]
+    pub brane: Vec<String>,
+    /// Of this instance, such as fetch.034; may be given more than once
+    #[arg(long, value_name = "NAME.NNN", value_parser = |text: &str| instance(text).map(|(_, name)| name))]
+    pub instance: Vec<String>,
+    /// Of these kinds: REQ, RES, END, LOG, DENY, TRAP, KILL, FAULT, AUDIT
+    #[arg(long, value_name = "KIND", value_delimiter = ',')]
+    pub kind: Vec<Kind>,
+    /// Not older than this: 30s, 5m, 2026-05-01T13:41:07Z, or a time of day in UTC, 13:41:07
+    #[arg(long, value_name = "WHEN", value_parser = Moment::parse)]
+    pub since: Option<Moment>,
+    /// Nor younger than this
+    #[arg(long, value_name = "WHEN", value_parser = Moment::parse, conflicts_with = "follow")]
+    pub until: Option<Moment>,
+    /// The last so many of them
+    #[arg(long, short = 'n', value_name = "N")]
+    pub lines: Option<usize>,
+    /// Go on with what comes
+    #[arg(long, short)]
+    pub follow: bool,
+}
+
+impl Which {
+    /// As control is asked for them, if it is `now`.
+    #[must_use]
+    pub fn query(&self, now: Duration) -> Query {
+        Query {
+            branes: self.brane.clone(),
+            instances: self.instance.clone(),
+            kinds: self.kind.clone(),
+            since_ns: self.since.map_or(0, |since| since.ns(now)),
+            until_ns: self.until.map(|until| until.ns(now)),
+            lines: self.lines,
+            follow: self.follow,
+            from: None,
+        }
+    }
+}
+
+/// When there are colours.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Color {
+    /// On a terminal that has them, unless `NO_COLOR` is set (no-color.org).
+    #[default]
+    Auto,
+    /// Whoever reads.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+impl Color {
+    fn is_wanted(self) -> bool {
+        match self {
+            Self::Always => true,
+            Self::Never => false,
+            Self::Auto => {
+                let set = |name: &str| std::env::var_os(name).unwrap_or_default();
+                // The serial console says that it is a VT100, which had none.
+                let has_none = ["dumb", "vt100", "vt102", "vt220"].contains(&&*set("TERM").to_string_lossy());
+                set("NO_COLOR").is_empty() && !has_none && io::stdout().is_terminal()
+            }
+        }
+    }
+}
+
 impl Command {
     /// Whether it changes anything.
     #[must_use]
@@ -62,7 +131,7 @@ impl Command {
     /// Whether it goes on until it is interrupted.
     #[must_use]
     pub fn goes_on(&self) -> bool {
-        matches!(self, Self::Logs { follow: true, .. })
+        matches!(self, Self::Logs { which: Which { follow: true, .. }, .. })
     }
 }
 
@@ -74,12 +143,9 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
     let text = match command {
         Command::Status => client.status().map(|s| text(&s, json, status_text)),
         Command::Ps => client.ps().map(|p| text(&p, json, ps_text)),
-        Command::Logs { brane, since, follow } => {
+        Command::Logs { which, color } => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let since = since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
-            let since_ns = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
-            let query = Query { brane: brane.clone(), since_ns, follow: *follow };
-            return logs(client, &query, json, out);
+            return logs(client, &which.query(now), json, *color, out);
         }
         Command::Secret(command) => return secret::run(command, client, json, out),
         Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),
@@ -96,17 +162,47 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
     out.write_all(text?.as_bytes()).map_err(Error::Output)
 }
 
-fn logs(client: &Client, query: &Query, json: bool, out: &mut dyn Write) -> Result<(), Error> {
+fn logs(client: &Client, query: &Query, json: bool, color: Color, out: &mut dyn Write) -> Result<(), Error> {
+    let colours = color.is_wanted();
+    let human = |line: &Line| (if colours { line.coloured_text() } else { line.text() }) + "\n";
     let mut written = Ok(());
-    client.logs(query, |line| {
-        written = out.write_all(text(&line, json, |line| line.text() + "\n").as_bytes()).and_then(|()| out.flush());
+    let show = |line: Line| {
+        written = out.write_all(text(&line, json, human).as_bytes()).and_then(|()| out.flush());
         written.is_ok()
-    })?;
+    };
+    if query.follow {
+        client.follow(query, show, |turn| {
+            let words = match turn {
+                Turn::Broke(error) => format!("{error}; tried again until it goes"),
+                Turn::Again { anew: false } => "follows again".to_owned(),
+                Turn::Again { anew: true } => {
+                    "follows again: control was started again, and what it had not told yet is gone".to_owned()
+                }
+            };
+            let _ = writeln!(io::stderr(), "gaia: {words}");
+        })?;
+    } else {
+        client.logs(query, show)?;
+    }
     match written {
         // Whoever reads has read enough: `gaia logs | head`.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other.map_err(Error::Output),
     }
+}
+
+/// Shows the log of this client's control as it comes, until the conversation ends: for whoever is started again then.
+///
+/// # Errors
+/// [`Error`], with what to do about it; [`Error::Output`] if nobody takes what is written.
+pub fn show(client: &Client, out: &mut dyn Write) -> Result<(), Error> {
+    let (colours, mut written) = (Color::Auto.is_wanted(), Ok(()));
+    client.logs(&Query { follow: true, ..Query::default() }, |line| {
+        let line = if colours { line.coloured_text() } else { line.text() } + "\n";
+        written = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+        written.is_ok()
+    })?;
+    written.map_err(Error::Output)
 }
 
 fn text<T: Serialize>(value: &T, json: bool, human: impl FnOnce(&T) -> String) -> String {

@@ -27,6 +27,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
+use gaia_init::collector::Collector;
 use gaia_init::cores::Cores;
 use gaia_init::lines::Lines;
 use gaia_init::listeners::{self, Listener, Protocol};
@@ -88,6 +89,9 @@ pub struct Options {
     /// Memory that all workers together may have, as in 512MiB; half of the machine's, if not said
     #[arg(long, value_name = "SIZE", value_parser = gaia_manifest::units::size)]
     pub memory: Option<u64>,
+    /// Send the log to this collector, too
+    #[arg(long, value_name = "syslog+tls://HOST[:PORT]")]
+    pub log_export: Option<Collector>,
     /// Leave every process without its sandbox, to measure what it costs: never with a component that you do not trust
     #[arg(long)]
     pub without_sandbox: bool,
@@ -232,6 +236,7 @@ struct Launcher {
     roots: Vec<String>,
     secrets: Option<String>,
     secured: Option<(String, String)>,
+    export: Option<Collector>,
     null: OwnedFd,
     /// Bytes of memory that each worker may have, and each keeper.
     memory: u64,
@@ -269,6 +274,7 @@ impl Launcher {
                 Some((certificate, key)) => Some((absolute(certificate)?, absolute(key)?)),
                 None => None,
             },
+            export: options.log_export.clone(),
             file: options.file.as_ref().map(|file| file.to_string_lossy().into_owned()),
             watch: options.watch,
             folder,
@@ -366,6 +372,7 @@ impl Machine for Launcher {
                 all.extend(self.watch.then(|| ("GAIA_WATCH".into(), "1".into())));
                 all.push(("GAIA_DNS".into(), spaced(&self.dns)));
                 all.push(("GAIA_ROOTS".into(), self.roots.join("\n")));
+                all.extend(self.export.as_ref().map(|to| ("GAIA_LOG_EXPORT".into(), to.to_string())));
                 all.extend(self.secrets.clone().map(|path| ("GAIA_SECRETS".into(), path)));
                 if let Some((certificate, key)) = &self.secured {
                     all.push(("GAIA_CERTIFICATE".into(), certificate.clone()));

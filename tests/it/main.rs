@@ -15,6 +15,7 @@ mod image;
 mod ingress;
 mod lifecycles;
 mod limits;
+mod logs;
 mod memory;
 mod pages;
 mod pinned;

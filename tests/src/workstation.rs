@@ -24,7 +24,9 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 pub struct Lines(Arc<(Mutex<Vec<String>>, Condvar)>);
 
 impl Lines {
-    fn of(from: impl Read + Send + 'static) -> Self {
+    /// What is read there from now on.
+    #[must_use]
+    pub fn of(from: impl Read + Send + 'static) -> Self {
         let lines = Self::default();
         let to = lines.clone();
         std::thread::spawn(move || {

@@ -48,6 +48,8 @@ pub(crate) struct Appliance {
     control: Vec<(String, OwnedFd)>,
     /// The operators, as control reads them.
     operators: String,
+    /// The collector of the log, as control reads it.
+    export: Option<String>,
     /// The files of the ingress's certificate and its key, if there are any.
     secured: Option<(String, String)>,
 }
@@ -84,6 +86,7 @@ impl Appliance {
             roots,
             control,
             operators: operators.join(" "),
+            export: settings.logs.export.as_ref().map(ToString::to_string),
             secured,
         })
     }
@@ -155,6 +158,7 @@ impl Machine for Appliance {
             Kind::Control => {
                 let mut all = vec![("GAIA_DNS".into(), self.dns.clone()), ("GAIA_ROOTS".into(), self.roots.clone())];
                 all.push(("GAIA_OPERATORS".into(), self.operators.clone()));
+                all.extend(self.export.clone().map(|to| ("GAIA_LOG_EXPORT".into(), to)));
                 if let Some((certificate, key)) = &self.secured {
                     all.push(("GAIA_CERTIFICATE".into(), certificate.clone()));
                     all.push(("GAIA_KEY".into(), key.clone()));

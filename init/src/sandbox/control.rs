@@ -1,6 +1,6 @@
 //! Control: reads the seed, keeps files on the data disk, resolves names, answers operators.
 
-use nix::libc::{IPPROTO_TCP, PR_SET_NAME, TCP_NODELAY};
+use nix::libc::{IPPROTO_TCP, PR_SET_NAME, TCP_NODELAY, TCP_USER_TIMEOUT};
 
 use super::program::WRITES;
 use super::sockets::{DATAGRAM, STREAM, TCP, UDP, USUAL, V4, V6};
@@ -56,14 +56,21 @@ const OWN: &[Call] = &[
             [V4, STREAM, TCP],
             [V6, STREAM, TCP]
         ],
-        "questions to name servers; no raw, packet or netlink socket"
+        "questions to name servers, the log to its collector; no raw, packet or netlink socket"
     ),
     call!(SYS_bind = bind, [], "a port of the kernel's choice for a question; Landlock refuses TCP's"),
-    call!(SYS_connect = connect, [], "name servers; Landlock bounds TCP's ports to theirs"),
+    call!(
+        SYS_connect = connect,
+        [],
+        "name servers and the collector of the log; Landlock bounds TCP's ports to theirs"
+    ),
     call!(
         SYS_setsockopt = setsockopt,
-        [[is(1, IPPROTO_TCP, "IPPROTO_TCP"), is(2, TCP_NODELAY, "TCP_NODELAY")]],
-        "answers without delay"
+        [
+            [is(1, IPPROTO_TCP, "IPPROTO_TCP"), is(2, TCP_NODELAY, "TCP_NODELAY")],
+            [is(1, IPPROTO_TCP, "IPPROTO_TCP"), is(2, TCP_USER_TIMEOUT, "TCP_USER_TIMEOUT")]
+        ],
+        "answers without delay; a collector that is gone is noticed"
     ),
 ];
 

@@ -197,6 +197,9 @@ impl Exchange {
     fn begin(instance: Arc<Instance>, uri: &Uri) -> Self {
         let mut text = Origin::of(uri).map(|origin| origin.authority()).unwrap_or_default();
         text.extend(uri.path().chars().take(MAX_PATH));
+        if uri.path().chars().nth(MAX_PATH).is_some() {
+            text.push_str("...");
+        }
         Self { instance, text, began: Instant::now(), bytes: 0, outcome: Outcome::GivenUp }
     }
 

@@ -5,7 +5,7 @@
 //! |--------------------|---------------------|
 //! | `GET /v1/status`   | [`report::Status`]  |
 //! | `GET /v1/ps`       | [`report::Ps`]      |
-//! | `GET /v1/logs`     | [`report::Line`], one a line; `?brane=fetch&since_ns=0&follow=true` |
+//! | `GET /v1/logs`     | [`report::Line`], one a line; `?brane=fetch&kind=REQ&since_ns=0&follow=true`, all of [`log::Query`] |
 //! | `GET /v1/graphs`   | [`report::Graphs`]  |
 //! | `GET /v1/components/DIGEST` | [`report::Done`], or 404 |
 //! | `POST /v1/components` | [`report::Pushed`]; the body is the component, `?name=REFERENCE&digest=DIGEST` |
@@ -31,7 +31,7 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::LocalBoxStream;
 use gaia_init::wire::FromControl;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{Either, Full, StreamBody};
 use hyper::body::{Body as _, Frame, Incoming};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -42,7 +42,7 @@ use tokio::sync::Semaphore;
 
 use super::caller::Caller;
 use super::delivery;
-use super::log::{self, Query};
+use super::log::{self, Place, Query};
 use super::remote::Visit;
 use super::report::{self, Done, Failed, Ps, Status};
 use super::{Control, Runs, secrets};
@@ -167,14 +167,25 @@ async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incom
         }
         (&Method::GET, "/v1/ps") => json(StatusCode::OK, &ps(&control).await),
         (&Method::GET, "/v1/logs") => match Query::parse(request.uri().query().unwrap_or_default()) {
-            Ok(query) => Response::new(Either::Right(StreamBody::new(log::lines(control, query).boxed_local()))),
-            Err(part) => failed(StatusCode::BAD_REQUEST, &format!("{part:?}: brane=NAME, since_ns=N or follow=true")),
+            Ok(query) => logs(control, query),
+            Err(wrong) => failed(StatusCode::BAD_REQUEST, &wrong),
         },
         (&Method::POST, "/v1/poweroff") => end(&control, FromControl::PowerOff, "the appliance switches off").await,
         (&Method::POST, "/v1/reboot") => end(&control, FromControl::Reboot, "the appliance starts again").await,
         (_, path) if known(path) => failed(StatusCode::METHOD_NOT_ALLOWED, "GET shows, POST changes"),
         (_, path) => failed(StatusCode::NOT_FOUND, &format!("there is no {path:?} in version 1 of this API")),
     }
+}
+
+fn logs(control: Rc<Control>, query: Query) -> Answer {
+    if let Some(unknown) = control.unknown_brane(&query) {
+        return failed(StatusCode::NOT_FOUND, &unknown);
+    }
+    let (place, lines) = log::lines(control, query);
+    let mut answer = Response::new(Either::Right(StreamBody::new(lines.boxed_local())));
+    let place = HeaderValue::try_from(place.to_string());
+    answer.headers_mut().extend(place.ok().map(|place| (HeaderName::from_static(Place::FIELD), place)));
+    answer
 }
 
 pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Answer {
@@ -236,6 +247,7 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
         memory: memory(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()),
         cores: cores.ok(),
         words: control.words.borrow().clone(),
+        export: control.exported.borrow().clone(),
     })
 }
 

@@ -63,7 +63,7 @@ impl Control {
         let time_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         let event = Event::Audit { text: text.to_owned().into() };
         let branes = self.plan.borrow().as_ref().map_or(0, |p| p.branes.len());
-        self.push(Line { time_ns, core: None, brane: None, instance: None, event }, branes);
+        self.push(Line { seq: 0, time_ns, core: None, brane: None, instance: None, event }, branes);
     }
 }
 

@@ -105,7 +105,7 @@ impl Source {
     }
 
     /// The certificates of all extra roots, in PEM, each file checked by itself.
-    fn roots(&self) -> anyhow::Result<String> {
+    pub(super) fn roots(&self) -> anyhow::Result<String> {
         let mut all = String::new();
         for path in &self.roots {
             let bytes = self.read(path, MAX_ROOTS).with_context(|| format!("reading the root {path}"))?;

@@ -11,11 +11,13 @@ mod certificate;
 pub mod change;
 mod delivery;
 pub mod deploy;
+mod export;
 mod init;
 pub mod log;
 pub mod remote;
 pub mod report;
 mod secrets;
+mod syslog;
 mod vault;
 
 use std::cell::{Cell, RefCell};
@@ -122,6 +124,8 @@ pub struct Control {
     /// The plans of all generations that have workers, for the names of their branes.
     plans: RefCell<BTreeMap<u32, Rc<Plan>>>,
     log: log::History,
+    /// How the log gets to its collector, if it has one.
+    exported: RefCell<Option<report::Export>>,
     /// Components that were compiled and serve, by digest and by what is reserved for a memory.
     compiled: RefCell<HashMap<(String, u64), Artefact>>,
     key: Key,
@@ -154,7 +158,7 @@ pub struct Control {
 /// # Errors
 /// If its sandbox cannot be closed, what init hands down is not there, or the channel to init breaks.
 pub fn run() -> anyhow::Result<()> {
-    let ports = name_servers().iter().map(SocketAddr::port).collect();
+    let ports = name_servers().iter().map(SocketAddr::port).chain(export::collector().map(|to| to.port)).collect();
     let mut descriptors = Descriptors::inherit()?;
     let data = descriptors.take("data").ok();
     let keeps = data.as_ref().map(AsFd::as_fd);
@@ -193,6 +197,7 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>) -> anyhow::R
         plan: RefCell::default(),
         plans: RefCell::default(),
         log: log::History::default(),
+        exported: RefCell::default(),
         compiled: RefCell::default(),
         key,
         vault,
@@ -223,6 +228,9 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>) -> anyhow::R
     }
     if !doors.is_empty() && !operators.is_empty() {
         tokio::task::spawn_local(remote::serve(Rc::clone(&control), doors, operators));
+    }
+    if let Some(collector) = export::collector() {
+        tokio::task::spawn_local(export::run(Rc::clone(&control), collector));
     }
     let starting = Rc::clone(&control);
     tokio::task::spawn_local(async move {

@@ -7,7 +7,7 @@ use gaia_store::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::log::Event;
-use crate::log::text::line;
+use crate::log::text::{coloured_line, line};
 use crate::secrets::Secret;
 
 pub use super::init::Role;
@@ -44,6 +44,24 @@ pub struct Status {
     pub cores: Option<Given>,
     /// What the last deploy failed with or warned about.
     pub words: Vec<String>,
+    /// How the log gets to its collector, if it has one.
+    #[serde(default)]
+    pub export: Option<Export>,
+}
+
+/// The log on its way to a collector.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Export {
+    /// The collector.
+    pub to: String,
+    /// There is a connection now.
+    pub connected: bool,
+    /// Lines that were sent since this control was started; one that was on its way when a connection broke may be sent again.
+    pub sent: u64,
+    /// Lines that were let go before they could be sent.
+    pub missed: u64,
+    /// Why there is no connection, or the last broke.
+    pub error: Option<String>,
 }
 
 /// One worker's counters.
@@ -127,6 +145,9 @@ pub struct Brane {
 /// One line of `GET /v1/logs`, which answers with one JSON object a line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
+    /// Its number: counted from 0 by each control that is started, and without gaps only if nothing is left out.
+    #[serde(default)]
+    pub seq: u64,
     /// Nanoseconds since the Unix epoch.
     pub time_ns: u64,
     /// The core of the worker; none, if it is a keeper's.
@@ -145,8 +166,19 @@ impl Line {
     /// How a person reads it.
     #[must_use]
     pub fn text(&self) -> String {
-        let whose = self.instance.as_deref().or(self.brane.as_deref()).unwrap_or("gaia");
-        line(Duration::from_nanos(self.time_ns), whose, &self.event)
+        line(Duration::from_nanos(self.time_ns), self.whose(), &self.event)
+    }
+
+    /// The same, for a terminal with colours.
+    #[must_use]
+    pub fn coloured_text(&self) -> String {
+        coloured_line(Duration::from_nanos(self.time_ns), self.whose(), &self.event)
+    }
+
+    /// The instance, or the brane, or the runtime.
+    #[must_use]
+    pub fn whose(&self) -> &str {
+        self.instance.as_deref().or(self.brane.as_deref()).unwrap_or("gaia")
     }
 }
 

@@ -18,9 +18,11 @@
 //!   told how many records are missing.
 
 pub mod text;
+pub mod time;
 
 use std::borrow::Cow;
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU64, fence};
@@ -163,7 +165,104 @@ pub enum Event<'a> {
     },
 }
 
+/// What a line is about: its name stands in each line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// [`Event::Request`]
+    Request,
+    /// [`Event::Response`]
+    Response,
+    /// [`Event::End`]
+    End,
+    /// [`Event::Log`]
+    Log,
+    /// [`Event::Deny`]
+    Deny,
+    /// [`Event::Trap`]
+    Trap,
+    /// [`Event::Kill`]
+    Kill,
+    /// [`Event::Fault`]
+    Fault,
+    /// [`Event::Audit`]
+    Audit,
+    /// [`Event::Lost`]
+    Lost,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Request,
+        Self::Response,
+        Self::End,
+        Self::Log,
+        Self::Deny,
+        Self::Trap,
+        Self::Kill,
+        Self::Fault,
+        Self::Audit,
+        Self::Lost,
+    ];
+
+    /// As it stands in a line: `REQ`
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Request => "REQ",
+            Self::Response => "RES",
+            Self::End => "END",
+            Self::Log => "LOG",
+            Self::Deny => "DENY",
+            Self::Trap => "TRAP",
+            Self::Kill => "KILL",
+            Self::Fault => "FAULT",
+            Self::Audit => "AUDIT",
+            Self::Lost => "LOST",
+        }
+    }
+}
+
+impl FromStr for Kind {
+    type Err = String;
+
+    /// Reads its name, in capitals or not.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names = Self::ALL.map(Self::name);
+        let found = Self::ALL.into_iter().find(|kind| kind.name().eq_ignore_ascii_case(text));
+        found.ok_or_else(|| match nearest(&text.to_ascii_uppercase(), names) {
+            Some(near) => format!("did you mean {near}? The kinds of lines are {}", names.join(", ")),
+            None => format!("the kinds of lines are {}", names.join(", ")),
+        })
+    }
+}
+
+/// The known word that is most like one that is not known: it begins with the same three letters, or differs in few.
+pub(crate) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let distance = |known: &'a str| (strsim::damerau_levenshtein(word, known), known);
+    let (distance, near) = known.into_iter().map(distance).min()?;
+    let begins = near.get(..3).is_some_and(|three| word.starts_with(three));
+    (distance <= 1.max(near.len() / 3) || begins).then_some(near)
+}
+
 impl<'a> Event<'a> {
+    /// Which kind it is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Log { .. } => Kind::Log,
+            Self::Request { .. } => Kind::Request,
+            Self::Response { .. } => Kind::Response,
+            Self::End { .. } => Kind::End,
+            Self::Deny { .. } => Kind::Deny,
+            Self::Trap { .. } => Kind::Trap,
+            Self::Kill { .. } => Kind::Kill,
+            Self::Fault { .. } => Kind::Fault,
+            Self::Audit { .. } => Kind::Audit,
+            Self::Lost { .. } => Kind::Lost,
+        }
+    }
+
     /// Whether a guest can repeat it as often as it likes within one request.
     #[must_use]
     pub fn is_bounded(&self) -> bool {
@@ -479,6 +578,28 @@ mod tests {
 
     fn kill(text: impl Into<Cow<'static, str>>) -> Event<'static> {
         Event::Kill { text: text.into() }
+    }
+
+    #[test]
+    fn a_kind_is_known_by_its_name() {
+        for kind in Kind::ALL {
+            assert_eq!((kind.name().parse(), kind.name().to_lowercase().parse()), (Ok(kind), Ok(kind)));
+        }
+        for (wrong, meant) in
+            [("ress", "RES"), ("DENIED", "DENY"), ("trpa", "TRAP"), ("Requests", "REQ"), ("audits", "AUDIT")]
+        {
+            let error = wrong.parse::<Kind>().unwrap_err();
+            assert!(error.starts_with(&format!("did you mean {meant}? ")), "{wrong}: {error}");
+        }
+        assert!("nonsense".parse::<Kind>().unwrap_err().starts_with("the kinds of lines are REQ, "));
+    }
+
+    #[test]
+    fn a_kind_is_what_json_says_it_is() {
+        let page = [Event::Lost { records: 1 }, kill("x"), line("x"), Event::Audit { text: "x".into() }];
+        for event in page {
+            assert_eq!(serde_json::to_value(&event).unwrap()["kind"], event.kind().name());
+        }
     }
 
     #[test]
