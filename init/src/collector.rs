@@ -146,7 +146,7 @@ mod tests {
             ("syslog+tls://user@host", "needs a host"),
             ("syslog+tls://host/path", "needs a host"),
             ("syslog+tls://1.2.3", "needs a host"),
-            ("syslog+tls://2001:db8::7", "from 1 to 65535"),
+            ("syslog+tls://2001:db8::7", "in brackets"),
             ("syslog+tls://[::1", "not closed"),
             ("syslog+tls://[1.2.3.4]", "IPv6"),
             ("syslog+tls://[::1]x", ":PORT"),

@@ -331,7 +331,11 @@ impl Client {
                 outcome = connection => match outcome {
                     // What it brought last is still to be read; if it is not whole, the reader sees it.
                     Ok(()) => exchange.await,
-                    Err(e) => Err(self.broken(&e)),
+                    // So is what it had brought when it broke.
+                    Err(e) => match exchange.await {
+                        Err(Error::Broken(_)) => Err(self.broken(&e)),
+                        other => other,
+                    },
                 },
             }
         })
@@ -556,6 +560,74 @@ mod tests {
         assert_eq!(seconds(192.0), "3m12s");
         assert_eq!(seconds(7500.0), "2h5m");
         assert_eq!(seconds(792_000.0), "9d4h");
+    }
+
+    /// Answers one request with this and closes; its head.
+    fn answer(listener: &std::os::unix::net::UnixListener, answer: &str) -> String {
+        use std::io::{Read as _, Write as _};
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            head.push(byte[0]);
+        }
+        stream.write_all(answer.as_bytes()).unwrap();
+        String::from_utf8(head).unwrap()
+    }
+
+    /// Lines from here on, the last of which breaks off in its middle.
+    fn broken_off(place: &str, lines: std::ops::Range<u64>) -> String {
+        let line = |seq| {
+            format!(
+                "{{\"seq\":{seq},\"time_ns\":1,\"brane\":null,\"instance\":null,\"kind\":\"KILL\",\"text\":\"x\"}}\n"
+            )
+        };
+        let whole: String = lines.clone().map(line).collect();
+        let half = &line(lines.end)[..20];
+        let size = whole.len() + half.len();
+        format!(
+            "HTTP/1.1 200 OK\r\n{}: {place}\r\ntransfer-encoding: chunked\r\n\r\n{size:x}\r\n{whole}{half}",
+            Place::FIELD
+        )
+    }
+
+    /// Would miss: a follower that is told a line twice, or not at all, when the conversation breaks in the middle of one.
+    #[test]
+    fn who_is_cut_off_goes_on_with_the_next_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let server = std::thread::spawn(move || {
+            let all = [("5.7", 7..9), ("5.9", 9..10), ("6.0", 0..1)];
+            all.map(|(place, lines)| answer(&listener, &broken_off(place, lines)))
+        });
+        let (mut read, mut turns) = (Vec::new(), Vec::new());
+        let query = Query { lines: Some(2), branes: vec!["a".into()], ..Query::default() };
+        let line = |line: Line| {
+            read.push(line.seq);
+            read.len() < 4
+        };
+        let turn = |turn: Turn<'_>| turns.push(if let Turn::Again { anew } = turn { Some(anew) } else { None });
+        Client::new(socket).follow(&query, line, turn).unwrap();
+        assert_eq!(read, [7, 8, 9, 0]);
+        assert_eq!(turns, [None, Some(false), None, Some(true)]);
+        let [first, second, third] = server.join().unwrap();
+        assert!(first.contains("brane=a") && first.contains("lines=2") && !first.contains("from="), "{first}");
+        assert!(second.contains("from=5.9 ") && third.contains("from=5.10 "), "{second}{third}");
+    }
+
+    #[test]
+    fn what_does_not_come_about_or_is_refused_is_not_tried_again() {
+        let follow = |socket: PathBuf| Client::new(socket).follow(&Query::default(), |_| true, |_| panic!("a turn"));
+        assert!(matches!(follow("/nonexistent/socket".into()), Err(Error::Connect { .. })));
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let refusal = "HTTP/1.1 404 Not Found\r\ncontent-length: 25\r\n\r\n{\"error\":\"no such brane\"}";
+        let server = std::thread::spawn(move || answer(&listener, refusal));
+        assert!(matches!(follow(socket), Err(Error::Missing(why)) if why == "no such brane"));
+        server.join().unwrap();
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A line of the log as a syslog message (RFC 5424), with its length before it (RFC 6587 3.4.1, RFC 5425 4.3).
 //!
 //! ```text
-//! 186 <134>1 2026-05-01T13:41:07.118000Z gaia-1 gaia fetch.034 REQ [gaia@32473 kind="REQ" seq="7" brane="fetch" …] REQ api.…
+//! 217 <134>1 2026-05-01T13:41:07.118000Z gaia-1 gaia fetch.034 REQ [gaia@32473 kind="REQ" seq="7" brane="fetch" …] REQ api.…
 //! │    │                                 │      │    │         └ MSGID: the kind                                   └ as people read it
 //! │    └ facility and severity           │      │    └ PROCID: the instance, the brane, or gaia
 //! └ bytes of all that follows            └ HOST └ APP-NAME
@@ -193,7 +193,7 @@ mod tests {
         write(&mut bytes, &line(event.clone()), "gaia-1");
         assert_eq!(
             String::from_utf8(bytes).unwrap(),
-            "228 <134>1 2026-05-01T13:41:07.118000Z gaia-1 gaia fetch.034 REQ [gaia@32473 kind=\"REQ\" seq=\"7\" bytes=\"12422\" \
+            "217 <134>1 2026-05-01T13:41:07.118000Z gaia-1 gaia fetch.034 REQ [gaia@32473 kind=\"REQ\" seq=\"7\" bytes=\"12422\" \
              dur_ns=\"42000000\" brane=\"fetch\" instance=\"fetch.034\" core=\"1\"] REQ api.openalex.org/works bytes=12,422 dur=42ms"
         );
         let read = written(&line(event));
