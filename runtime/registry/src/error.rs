@@ -44,10 +44,10 @@ pub struct Error {
 #[non_exhaustive]
 pub enum Why {
     /// A name without a registry, and no default one.
-    #[error("no registry is named, and there is no default one in gaia.toml")]
+    #[error("no registry is named, and there is no default one: [registry] default = \"registry.example\"")]
     NoRegistry,
     /// The server was not reached, or the exchange broke off.
-    #[error("{host}: {error}{}", hint(error))]
+    #[error("{host}: {error}{}", hint(host, error))]
     Http {
         /// Which server.
         host: Host,
@@ -59,14 +59,14 @@ pub enum Why {
     Time(Duration),
     /// The registry wants to know who asks, and there is nothing to show it.
     #[error(
-        "{0} asks for credentials ({1}), and gaia.toml has none for {0}; some registries say so of names that do not exist, too"
+        "{0} asks for credentials ({1}), and there are none for it: [registries.\"{0}\"] user, password; some registries say so of names that do not exist, too"
     )]
     CredentialsMissing(Host, StatusCode),
     /// The registry does not take the credentials.
-    #[error("{0} does not accept the credentials that gaia.toml has for it ({1})")]
+    #[error("{0} does not accept the credentials of [registries.\"{0}\"] ({1})")]
     CredentialsRefused(Host, StatusCode),
     /// They are right, and do not suffice.
-    #[error("{0} forbids it (403){1}: do the credentials in gaia.toml allow this for the repository?")]
+    #[error("{0} forbids it (403){1}: do the credentials of [registries.\"{0}\"] allow this for the repository?")]
     Forbidden(Host, Said),
     /// What the registry wants to see of who asks is not known here.
     #[error("{host} asks for credentials in a way that cannot be answered: {why}")]
@@ -188,15 +188,22 @@ impl fmt::Display for Said {
 }
 
 /// What an operator can do about it.
-fn hint(error: &gaia_egress::Error) -> &'static str {
+fn hint(host: &Host, error: &gaia_egress::Error) -> String {
     match error {
         gaia_egress::Error::TlsCertificate(_) => {
-            "; if an authority of your own signed it, add that to the registries' roots in gaia.toml"
+            "; if an authority of your own signed it, name that one as the root of the registry: [registries.…] root"
+                .into()
         }
-        gaia_egress::Error::TlsProtocol(_) => "; if it speaks without TLS, gaia.toml has to say so",
+        gaia_egress::Error::TlsProtocol(_) => {
+            format!("; if it speaks without TLS: [registries.\"{host}\"] plain_http = true")
+        }
         gaia_egress::Error::Denied(gaia_egress::site::Denied::Address { .. }) => {
-            "; if it is yours, name it in gaia.toml"
+            format!("; if it is yours, list it: [registries.\"{host}\"]")
         }
-        _ => "",
+        // Whose sandbox knows the ports of those that are listed.
+        gaia_egress::Error::Connect(io::ErrorKind::PermissionDenied) => {
+            format!("; its port is closed unless it is listed: [registries.\"{host}\"]")
+        }
+        _ => String::new(),
     }
 }

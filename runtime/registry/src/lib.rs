@@ -134,13 +134,29 @@ impl Registry {
         &self,
         reference: &Reference,
         limit: u64,
+        sink: impl FnMut(&[u8]) -> io::Result<()>,
+        progress: impl FnMut(Progress),
+    ) -> Result<Pulled, Error> {
+        self.pull_unless(reference, limit, |_| false, sink, progress).await
+    }
+
+    /// The same, but what the name stands for is not fetched if `held` says that it is here already: then nothing goes to
+    /// `sink`, and the registry is asked for its manifest alone.
+    ///
+    /// # Errors
+    /// [`Error`]. Nothing is tried again.
+    pub async fn pull_unless(
+        &self,
+        reference: &Reference,
+        limit: u64,
+        held: impl FnOnce(&Digest) -> bool,
         mut sink: impl FnMut(&[u8]) -> io::Result<()>,
         mut progress: impl FnMut(Progress),
     ) -> Result<Pulled, Error> {
         let remote = self.remote(reference);
         let pulling = async {
             let mut session = self.session(remote.as_ref().ok_or(Why::NoRegistry)?, "pull")?;
-            session.pull(reference, limit, &mut sink, &mut progress).await
+            session.pull(reference, limit, held, &mut sink, &mut progress).await
         };
         let done = tokio::time::timeout(self.settings.within, pulling).await;
         let done = done.unwrap_or(Err(Why::Time(self.settings.within)));
@@ -212,6 +228,7 @@ impl Session<'_> {
         &mut self,
         reference: &Reference,
         limit: u64,
+        held: impl FnOnce(&Digest) -> bool,
         sink: &mut impl FnMut(&[u8]) -> io::Result<()>,
         progress: &mut impl FnMut(Progress),
     ) -> Result<Pulled, Why> {
@@ -224,7 +241,9 @@ impl Session<'_> {
         if layer.size > limit {
             return Err(Why::TooLarge { what: "a component", size: layer.size, limit });
         }
-        self.component(&layer, sink, progress).await?;
+        if !held(&layer.digest) {
+            self.component(&layer, sink, progress).await?;
+        }
         Ok(Pulled { component: layer.digest, manifest, media_type: layer.media_type, size: layer.size })
     }
 

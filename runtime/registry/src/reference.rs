@@ -87,6 +87,13 @@ impl Host {
         Ok(Self { peer: origin.host().clone(), port })
     }
 
+    /// The TCP port that it answers on: the one it has, or that of HTTPS or, without TLS, of HTTP.
+    #[must_use]
+    pub fn port(&self, plain_http: bool) -> u16 {
+        let scheme = if plain_http { Scheme::Http } else { Scheme::Https };
+        self.origin(scheme).map_or(scheme.default_port(), |origin| origin.port())
+    }
+
     /// Of whom a request is for, as messages name it.
     pub(crate) fn of(origin: &Origin) -> Self {
         let peer = origin.host().clone();
@@ -339,6 +346,14 @@ mod tests {
             assert_eq!(reference.repository(), repository, "{text}");
             assert_eq!(reference.is_local(), host.is_none(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_port_is_that_of_the_scheme_unless_it_is_said() {
+        let ports = |text| [false, true].map(|plain| Host::parse(text).unwrap().port(plain));
+        assert_eq!(ports("registry.example"), [443, 80]);
+        assert_eq!(ports("registry.example:5000"), [5000, 5000]);
+        assert_eq!(ports("[::1]"), [443, 80]);
     }
 
     #[test]

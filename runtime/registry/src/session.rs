@@ -285,7 +285,7 @@ impl Session<'_> {
             (Scheme::Https, Scheme::Http) => Err("from TLS to none is not followed".into()),
             (Scheme::Http, Scheme::Http) if target.origin == self.origin => Ok(()),
             (Scheme::Http, Scheme::Http) if self.settings.is_plain(&target.origin) => Ok(()),
-            (Scheme::Http, Scheme::Http) => Err("without TLS, and gaia.toml does not say so of that host".into()),
+            (Scheme::Http, Scheme::Http) => Err("without TLS, and it is not listed with plain_http = true".into()),
         }
     }
 
@@ -308,13 +308,13 @@ impl Session<'_> {
             (Challenge::Basic, None) => return Err(self.unknown(StatusCode::UNAUTHORIZED)),
             (Challenge::Basic, Some(credentials)) => {
                 let basic = credentials.basic();
-                let missing = || challenge("it wants user and password, and gaia.toml has a token".into());
+                let missing = || challenge("it wants user and password, and a token is what there is".into());
                 self.authorization = Some(basic.ok_or_else(missing)?);
                 return Ok(());
             }
             (Challenge::Bearer { .. }, Some(Credentials::Token(token))) => {
                 let bearer = auth::bearer(token);
-                let wrong = || challenge("the token in gaia.toml is not one word of printable ASCII".into());
+                let wrong = || challenge("the token for it is not one word of printable ASCII".into());
                 self.authorization = Some(bearer.ok_or_else(wrong)?);
                 return Ok(());
             }
