@@ -26,6 +26,7 @@ pub mod given;
 pub mod key;
 pub mod lines;
 pub mod listeners;
+pub mod registries;
 pub mod roles;
 pub mod sandbox;
 pub mod settings;

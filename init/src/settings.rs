@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::collector::Collector;
 use crate::key::PublicKey;
+use crate::registries::{Access, Host, Registries, Registry, shown};
 
 /// The largest `gaia.toml` that is read, in bytes.
 pub const MAX_BYTES: u64 = 64 * 1024;
@@ -40,6 +41,18 @@ pub struct Settings {
     pub logs: Logs,
     /// `[operators]`: who may operate the appliance over the network, by a name for the log; nobody unless listed.
     pub operators: BTreeMap<Operator, PublicKey>,
+    /// `[registry]`: which registries manifests may name.
+    pub registry: Registry,
+    /// `[registries]`: those that are known, and as whom they are asked.
+    pub registries: BTreeMap<Host, Access>,
+}
+
+impl Settings {
+    /// What it says about registries.
+    #[must_use]
+    pub fn all_registries(&self) -> Registries {
+        Registries { registry: self.registry.clone(), registries: self.registries.clone() }
+    }
 }
 
 /// The network of the appliance itself.
@@ -299,7 +312,7 @@ impl TryFrom<String> for Prefix {
 /// assert!(error.contains("line 1, column 2") && error.contains("ingres"), "{error}");
 /// ```
 pub fn parse(text: &str) -> Result<Settings, String> {
-    let settings: Settings = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+    let settings: Settings = toml::from_str(text).map_err(|e| shown(&e))?;
     for family in [IpAddr::is_ipv4, IpAddr::is_ipv6] {
         if settings.network.gateway.iter().filter(|g| family(g)).count() > 1 {
             return Err("network.gateway: at most one gateway per address family".to_owned());
@@ -309,6 +322,11 @@ pub fn parse(text: &str) -> Result<Settings, String> {
     check_operators(&settings)?;
     if let Some(name) = settings.egress.roots.iter().find(|name| !is_beside_the_graph(name)) {
         return Err(format!("egress.roots: {name:?} is not the name of a file beside the graph"));
+    }
+    settings.all_registries().check()?;
+    let roots = settings.registries.iter().filter_map(|(host, access)| Some((host, access.root.as_ref()?)));
+    if let Some((host, name)) = roots.into_iter().find(|(_, name)| !is_beside_the_graph(name)) {
+        return Err(format!("registries.\"{host}\".root: {name:?} is not the name of a file beside the graph"));
     }
     Ok(settings)
 }

@@ -44,6 +44,8 @@ pub(crate) struct Appliance {
     /// Name servers and extra roots, as control reads them.
     dns: String,
     roots: String,
+    /// The registries, as control reads them, if there are any.
+    registries: Option<OwnedFd>,
     /// The sockets on which control is reached, with their names.
     control: Vec<(String, OwnedFd)>,
     /// The operators, as control reads them.
@@ -72,6 +74,9 @@ impl Appliance {
         let dns = settings.network.dns.iter().map(server).collect::<Vec<_>>().join(" ");
         let roots = settings.egress.roots.join("\n");
         let secured = settings.ingress.certificate.clone().zip(settings.ingress.key.clone());
+        let registries = settings.all_registries();
+        let sealed = (!registries.is_empty()).then(|| registries.sealed()).transpose();
+        let registries = sealed.map_err(|_| rustix::io::Errno::MFILE)?;
         let operators: Vec<String> = settings.operators.iter().map(|(name, key)| format!("{name}={key}")).collect();
         Ok(Self {
             report,
@@ -84,6 +89,7 @@ impl Appliance {
             console_mode,
             dns,
             roots,
+            registries,
             control,
             operators: operators.join(" "),
             export: settings.logs.export.as_ref().map(ToString::to_string),
@@ -142,6 +148,7 @@ impl Machine for Appliance {
             Kind::Control => {
                 add("seed", self.folders.seed.as_ref());
                 add("data", self.folders.data.as_ref());
+                add("registries", self.registries.as_ref());
                 self.control.iter().for_each(|(name, socket)| add(name, Some(socket)));
             }
             Kind::Worker | Kind::Keeper => {

@@ -28,7 +28,7 @@ use gaia_init::listeners::{Listener, Opened, Protocol};
 use gaia_init::roles::Kind;
 use gaia_init::settings::{ConsoleMode, Settings};
 use gaia_init::supervise::Supervisor;
-use gaia_init::{listeners, settings};
+use gaia_init::{listeners, registries, settings};
 use rustix::fs::{Mode, OFlags};
 
 use crate::machine::{Appliance, Folders};
@@ -150,12 +150,18 @@ fn read_settings() -> Result<(Settings, String), report::Failure> {
     }
     let text = std::io::read_to_string(std::fs::File::from(file)).map_err(|e| format!("{path}: {e}"))?;
     let parsed = settings::parse(&text).map_err(|e| format!("{path}: {e}\ngoing on with defaults"))?;
-    let said = format!(
+    let mut said = format!(
         "{path}: {} addresses, http on {:?}, https on {:?}, huge pages {}",
         parsed.network.address.len(),
         parsed.ingress.http,
         parsed.ingress.https,
         parsed.workers.huge_pages.word()
     );
+    let known = parsed.all_registries();
+    if !known.is_empty() {
+        let names: Vec<&str> = known.names().into_iter().map(registries::Host::as_str).collect();
+        let any = if known.registry.any { " and any public one" } else { "" };
+        said += &[", registries ", &names.join(" "), any].concat();
+    }
     Ok((parsed, said))
 }
