@@ -215,10 +215,10 @@ impl Review {
 /// Reads and compiles the component of a brane.
 fn component(folder: &Path, brane: &Brane) -> Result<Report, Box<Diagnostic>> {
     let Image::File(name) = &brane.image.value else {
-        let message = format!(
-            "{}: \"{}\" is a name in a store, so what it imports is not seen here",
-            brane.name.value, brane.image.value
-        );
+        let (brane_name, image) = (&brane.name.value, &brane.image.value);
+        let registry = gaia_registry::Reference::parse(&image.to_string()).is_ok_and(|name| !name.is_local());
+        let place = if registry { "in a registry, and none is asked" } else { "in a store" };
+        let message = format!("{brane_name}: \"{image}\" is a name {place}, so what it imports is not seen here");
         let help = "gaia --on HOST deploy --dry-run shows it";
         return Err(Box::new(Diagnostic::warning(brane.image.span.clone(), message, "not looked at").help(help)));
     };

@@ -6,6 +6,7 @@ use std::collections::btree_map::Entry;
 use std::fmt::Write as _;
 use std::io::{self, BufRead as _, IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail, ensure};
@@ -18,16 +19,20 @@ use crate::client::Client;
 use crate::compile::MAX_COMPONENT;
 use crate::control::change::{counts, size};
 use crate::control::report::{BraneChange, Change, Deploy, Deployed, Graphs, PlanReport, Pushed, Step};
+use crate::registries;
 
 /// What brings files to an appliance.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
 pub enum Command {
-    /// Put a component into the appliance's store, under a name
+    /// Put a component into the appliance's store, under a name; or into a registry, if the name begins with one
     Push {
-        /// The name, as in omega/cloud-fetch:2.4.1
-        name: Reference,
+        /// The name, as in omega/cloud-fetch:2.4.1 or registry.example/omega/cloud-fetch:2.4.1
+        name: Name,
         /// The component
         file: PathBuf,
+        /// As whom a registry is asked: the tables [registry] and [registries] of gaia.toml, or docker's config.json [default: registries.toml beside your key, then docker's]
+        #[arg(long, value_name = "FILE")]
+        registries: Option<PathBuf>,
     },
     /// Serve this graph: show what changes, grants first, then swap without losing a request
     Deploy {
@@ -42,13 +47,48 @@ pub enum Command {
     },
 }
 
+/// What a component is pushed as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Name {
+    /// In an appliance's store.
+    Stored(Reference),
+    /// In a registry.
+    Remote(gaia_registry::Reference),
+}
+
+impl FromStr for Name {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let remote = gaia_registry::Reference::parse(text);
+        match remote {
+            Ok(remote) if !remote.is_local() => Ok(Self::Remote(remote)),
+            // What it is not in the store says more of a name that would be there.
+            Ok(_) => text.parse().map(Self::Stored).map_err(|e: gaia_store::NotAReference| e.to_string()),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+}
+
+impl Command {
+    /// Whether it is about a registry, which this machine asks itself: no appliance is needed for that.
+    #[must_use]
+    pub fn is_without_appliance(&self) -> bool {
+        matches!(self, Self::Push { name: Name::Remote(_), .. })
+    }
+}
+
 /// Runs a command: what it has to show on `out`, how far it is on standard error.
 ///
 /// # Errors
 /// What went wrong, and what to do. Nothing has changed then, unless it says so.
 pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
     match command {
-        Command::Push { name, file } => {
+        Command::Push { name: Name::Remote(name), file, registries } => {
+            let pushed = registries::push(name, component(file)?, registries.as_deref(), doing)?;
+            show(out, json, &pushed, pushed_there_text)
+        }
+        Command::Push { name: Name::Stored(name), file, .. } => {
             let pushed = client.push(Some(name), component(file)?)?;
             show(out, json, &pushed, pushed_text)
         }
@@ -155,6 +195,11 @@ fn show<T: Serialize>(out: &mut dyn Write, json: bool, value: &T, text: fn(&T) -
 fn pushed_text(pushed: &Pushed) -> String {
     let name = pushed.name.as_deref().map(|name| format!("{name} → ")).unwrap_or_default();
     format!("✓ {name}{} · {} bytes\n", pushed.digest, pushed.bytes)
+}
+
+fn pushed_there_text(pushed: &registries::Pushed) -> String {
+    let registries::Pushed { name, manifest, digest, bytes } = pushed;
+    format!("✓ {name}@{manifest}\n  component {digest} · {bytes} bytes\n")
 }
 
 /// What a deploy or a way back has come to, as a person reads it.
@@ -273,6 +318,19 @@ mod tests {
         assert!(lines.contains(&"- old            is removed"), "{text}");
         assert!(lines.contains(&"! ends the state of counter.001: its image changes"), "{text}");
         assert!(text.contains("workers connect by TCP to port 443 (before: workers make no socket)"), "{text}");
+    }
+
+    #[test]
+    fn what_begins_with_a_registry_goes_there() {
+        for text in ["registry.example/omega/x:1", "localhost:5000/x", "10.0.2.2:5000/omega/x:2"] {
+            assert!(matches!(text.parse(), Ok(Name::Remote(_))), "{text}");
+        }
+        for text in ["omega/x:1", "x", "hello.wasm:1"] {
+            assert!(matches!(text.parse(), Ok(Name::Stored(_))), "{text}");
+        }
+        for text in ["", "Omega/x", "registry.example/", "https://registry.example/x"] {
+            assert!(text.parse::<Name>().is_err(), "{text}");
+        }
     }
 
     #[test]

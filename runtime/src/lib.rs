@@ -28,6 +28,7 @@ pub mod link;
 pub mod log;
 pub mod operate;
 pub mod plan;
+pub mod registries;
 pub mod remote;
 pub mod review;
 pub mod run;

@@ -96,6 +96,9 @@ fn main() -> ExitCode {
         Command::Operate(command) => {
             client().and_then(|client| operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into))
         }
+        Command::Deploy(command) if command.is_without_appliance() => {
+            deploy::run(&command, &local(), cli.json, &mut stdout())
+        }
         Command::Deploy(command) => client().and_then(|client| deploy::run(&command, &client, cli.json, &mut stdout())),
         Command::Key => own_key(cli.json),
         Command::Trust { key } => trust(cli.on.as_deref(), key),

@@ -59,7 +59,7 @@ impl Folder {
         Ok(Self(config.context("there is no home for your key: set HOME or XDG_CONFIG_HOME")?.join("gaia")))
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 

@@ -31,6 +31,7 @@ use gaia_init::collector::Collector;
 use gaia_init::cores::Cores;
 use gaia_init::lines::Lines;
 use gaia_init::listeners::{self, Listener, Protocol};
+use gaia_init::registries::Registries;
 use gaia_init::roles::{Kind, Place, Role};
 use gaia_init::sandbox::{self, Demand};
 use gaia_init::spawn::Confinement;
@@ -40,6 +41,7 @@ use rustix::io::Errno;
 use rustix::process::Resource;
 
 use crate::log::text::clock;
+use crate::registries;
 
 /// The port of name servers.
 const DNS: u16 = 53;
@@ -86,6 +88,12 @@ pub struct Options {
     /// The values of secrets: TOML, for each brane a table with NAME = "value", readable by its owner alone
     #[arg(long, value_name = "FILE")]
     pub secrets: Option<PathBuf>,
+    /// A registry that images may name; may be given more than once, and names without one are looked for in the first
+    #[arg(long, value_name = "HOST", value_parser = registry)]
+    pub registry: Vec<gaia_init::registries::Host>,
+    /// The registries, and as whom each is asked: the tables [registry] and [registries] of gaia.toml, or docker's config.json
+    #[arg(long, value_name = "FILE")]
+    pub registries: Option<PathBuf>,
     /// Memory that all workers together may have, as in 512MiB; half of the machine's, if not said
     #[arg(long, value_name = "SIZE", value_parser = gaia_manifest::units::size)]
     pub memory: Option<u64>,
@@ -104,6 +112,25 @@ pub struct Options {
 pub fn name_server(text: &str) -> Result<SocketAddr, String> {
     let bare = text.parse::<IpAddr>().map(|address| SocketAddr::new(address, DNS));
     bare.or_else(|_| text.parse()).map_err(|_| "not an address, such as 9.9.9.9, [::1]:5353 or 127.0.0.1:5353".into())
+}
+
+fn registry(text: &str) -> Result<gaia_init::registries::Host, String> {
+    text.to_owned().try_into()
+}
+
+/// What is said about registries, in all.
+fn registries(options: &Options) -> anyhow::Result<Registries> {
+    let mut all = options.registries.as_deref().map(registries::read).transpose()?.unwrap_or_default();
+    for host in &options.registry {
+        all.registries.entry(host.clone()).or_default();
+    }
+    if all.registry.default.is_none() {
+        all.registry.default = options.registry.first().cloned();
+    }
+    all.check().map_err(anyhow::Error::msg)?;
+    // Whoever named one that is none is to hear of it here.
+    registries::Known::of(&all)?;
+    Ok(all)
 }
 
 /// The name servers of a `resolv.conf` (resolv.conf(5)). One with a zone is passed over: what a zone is called means
@@ -143,7 +170,9 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     for root in options.roots.iter().chain(&options.secrets) {
         File::open(root).with_context(|| format!("{}", root.display()))?;
     }
+    let registries = registries(options)?;
     let mut launcher = Launcher::new(options, folder.map(OwnedFd::from), data.map(OwnedFd::from), &own, cores.clone())?;
+    launcher.registries = (!registries.is_empty()).then(|| registries.sealed()).transpose()?;
     let mut missing = vec!["users of their own", "cgroups"];
     if options.without_sandbox {
         anyhow::ensure!(
@@ -230,6 +259,7 @@ struct Launcher {
     watch: bool,
     folder: Option<OwnedFd>,
     data: Option<OwnedFd>,
+    registries: Option<OwnedFd>,
     api: OwnedFd,
     socket: String,
     dns: Vec<SocketAddr>,
@@ -279,6 +309,7 @@ impl Launcher {
             watch: options.watch,
             folder,
             data,
+            registries: None,
             api: own.listener.try_clone()?.into(),
             socket: own.socket().to_string_lossy().into_owned(),
             null: File::options().read(true).write(true).open("/dev/null")?.into(),
@@ -358,6 +389,7 @@ impl Machine for Launcher {
                 let mut all = vec![("api".into(), self.api.as_fd())];
                 all.extend(self.folder.as_ref().map(|folder| ("seed".into(), folder.as_fd())));
                 all.extend(self.data.as_ref().map(|data| ("data".into(), data.as_fd())));
+                all.extend(self.registries.as_ref().map(|file| ("registries".into(), file.as_fd())));
                 all
             }
             _ => Vec::new(),

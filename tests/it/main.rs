@@ -20,6 +20,7 @@ mod memory;
 mod pages;
 mod pinned;
 mod power;
+mod registries;
 mod remote;
 mod requests;
 mod run;

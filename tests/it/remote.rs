@@ -56,7 +56,7 @@ impl Person {
     }
 
     /// What the command complains of; it must not end well.
-    fn fails(&self, port: u16, arguments: &[&str]) -> String {
+    pub(crate) fn fails(&self, port: u16, arguments: &[&str]) -> String {
         let output = self.on(port, arguments);
         assert!(!output.status.success(), "{arguments:?}: {}", said(&output));
         String::from_utf8(output.stderr).unwrap()
@@ -88,7 +88,12 @@ fn operated_by(ann: &Person) -> (Appliance, PublicKey) {
 
 /// The same with more to it.
 pub(crate) fn started_for(ann: &Person, setup: Setup) -> (Appliance, PublicKey) {
-    let settings = format!("{SETTINGS}\n[operators]\nann = \"{}\"\n", ann.key);
+    started_with(ann, setup, "")
+}
+
+/// The same with more in its settings.
+pub(crate) fn started_with(ann: &Person, setup: Setup, more: &str) -> (Appliance, PublicKey) {
+    let settings = format!("{SETTINGS}\n{more}\n[operators]\nann = \"{}\"\n", ann.key);
     let appliance = Appliance::start(&setup.settings(settings)).unwrap();
     let line = appliance.line("control: key ed25519:", BOOT_WITHIN).unwrap();
     let key = line.split(' ').find(|word| word.starts_with("ed25519:")).unwrap().parse().unwrap();

@@ -85,12 +85,13 @@ pub struct Setup {
     memory_mib: u32,
     data: Vec<Drive>,
     test_image: bool,
+    restrict: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let (graph, settings, files) = (Some(HELLO.into()), SETTINGS.into(), Vec::new());
-        Self { graph, settings, files, cpus: 2, memory_mib: 512, data: Vec::new(), test_image: true }
+        Self { graph, settings, files, cpus: 2, memory_mib: 512, data: Vec::new(), test_image: true, restrict: true }
     }
 }
 
@@ -141,6 +142,13 @@ impl Setup {
     #[must_use]
     pub fn data(mut self, drive: Drive) -> Self {
         self.data.push(drive);
+        self
+    }
+
+    /// With a way out: 10.0.2.2 is the loopback of the machine that runs the test.
+    #[must_use]
+    pub fn open(mut self) -> Self {
+        self.restrict = false;
         self
     }
 
@@ -214,6 +222,7 @@ impl Appliance {
             .forward(Forward::to(PORT))
             .forward(Forward::to(SECURE_PORT))
             .forward(Forward::to(CONTROL_PORT))
+            .restrict(setup.restrict)
             .debug_channel(setup.test_image);
         let builder = setup.data.iter().cloned().fold(builder, MachineBuilder::drive);
         Ok(Self { machine: Machine::boot(&builder)?, _seed: seed, violations_meant: AtomicBool::new(false) })

@@ -56,13 +56,13 @@ const OWN: &[Call] = &[
             [V4, STREAM, TCP],
             [V6, STREAM, TCP]
         ],
-        "questions to name servers, the log to its collector; no raw, packet or netlink socket"
+        "questions to name servers, requests to registries, the log to its collector; no raw, packet or netlink socket"
     ),
     call!(SYS_bind = bind, [], "a port of the kernel's choice for a question; Landlock refuses TCP's"),
     call!(
         SYS_connect = connect,
         [],
-        "name servers and the collector of the log; Landlock bounds TCP's ports to theirs"
+        "name servers, registries and the collector of the log; Landlock bounds TCP's ports to theirs"
     ),
     call!(
         SYS_setsockopt = setsockopt,

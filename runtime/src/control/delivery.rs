@@ -27,6 +27,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use super::api::{Answer, Outcome, failed, json};
 use super::caller::Caller;
 use super::deploy::{self, Asked, Planned};
+use super::pull::Reach;
 use super::report::{Deploy, Deployed, Done, GraphEntry, Graphs, PlanReport, Pushed, Rollback, Step};
 use super::vault::Vault;
 use super::{Control, change};
@@ -279,7 +280,8 @@ async fn deployed(
     }
     tell.doing("reading the manifest and its components");
     let shown = if asked.file.is_empty() { "the manifest" } else { &asked.file };
-    let of = Asked { shown, text: asked.manifest.clone(), images: Some(&asked.images), needs_secrets: true };
+    let (text, reach) = (asked.manifest.clone(), Reach::Tags);
+    let of = Asked { shown, text, images: Some(&asked.images), needs_secrets: true, reach, tell: Some(tell) };
     let planned = deploy::planned(control, &of).await?;
     let plan = report(control, &planned, began);
     if !swap {

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use futures_util::StreamExt as _;
 use gaia_init::supervise::MAX_COMPILERS;
 use gaia_init::wire::FromControl;
@@ -21,6 +22,8 @@ use zeroize::Zeroizing;
 
 use super::Control;
 use super::artefact::{self, Artefact, Key};
+use super::delivery::Tell;
+use super::pull::{self, Behind, Reach};
 use super::vault::Vault;
 use crate::channel::{Channel, read_whole, sealed};
 use crate::compile::{MAX_COMPONENT, MAX_REPORT, Report, Word};
@@ -151,17 +154,21 @@ impl Source {
 
 /// Starts the graph: the one that was deployed last, or the one before it if that does not come up, or the source's. If there
 /// is none or it does not come up either, the appliance starts an empty one, answers 404 to everything and says why on its console.
-pub(super) async fn first(control: &Control) -> anyhow::Result<()> {
+pub(super) async fn first(control: &Rc<Control>) -> anyhow::Result<()> {
     let source = control.source.as_ref();
     let stored = control.vault.as_ref().map(Vault::store);
     let stored = stored.map(|store| [store.current(), store.previous_of_current()]).into_iter().flatten().flatten();
-    let mut any = false;
+    let (mut any, mut behind) = (false, None);
     for graph in stored {
         any = true;
         match again(control, &graph).await {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                pull::catch_up(control, behind);
+                return Ok(());
+            }
             Err(e) => words(control, format!("graph {}: {e:#}", graph.number)).await,
         }
+        behind = behind.or_else(|| Behind::of(control, &graph));
     }
     if !any {
         let started = match source {
@@ -174,9 +181,14 @@ pub(super) async fn first(control: &Control) -> anyhow::Result<()> {
             control.init.tell(&FromControl::PowerOff, &[]).await;
             return Ok(());
         }
+        let text =
+            source.filter(|source| source.seed).and_then(|source| Asked::of(source).ok()).map(|asked| asked.text);
+        behind = text.and_then(|text| Behind::of_seed(control, &text));
     }
     let plan = Plan { workers: control.workers_asked(), ..Plan::default() };
-    start(control, Planned { plan, ..Planned::default() }).await
+    start(control, Planned { plan, ..Planned::default() }).await?;
+    pull::catch_up(control, behind);
+    Ok(())
 }
 
 /// Says what went wrong, and keeps it for the status.
@@ -185,17 +197,39 @@ async fn words(control: &Control, words: String) {
     control.words.borrow_mut().push(words);
 }
 
-/// Starts a graph of the store's history as it was.
-pub(super) async fn again(control: &Control, graph: &Graph) -> anyhow::Result<()> {
-    let planned = planned(control, &Asked::again(graph)).await?;
+/// Starts a graph of the store's history as it was, with what is there.
+async fn again(control: &Control, graph: &Graph) -> anyhow::Result<()> {
+    let planned = planned(control, &Asked { reach: Reach::Nobody, ..Asked::again(graph) }).await?;
     planned.warn(control).await;
     start(control, planned).await
 }
 
 async fn of_source(control: &Control, source: &Source) -> anyhow::Result<()> {
-    let planned = planned(control, &Asked::of(source)?).await?;
+    // The appliance does not wait for a network; whoever runs a graph here does.
+    let reach = if source.seed { Reach::Nobody } else { Reach::Lacking };
+    let planned = planned(control, &Asked { reach, ..Asked::of(source)? }).await?;
     planned.warn(control).await;
     start(control, planned).await
+}
+
+/// What the source's graph would serve, with what it lacks.
+///
+/// # Errors
+/// As [`planned`].
+pub(super) async fn planned_of_source(control: &Control) -> anyhow::Result<Planned> {
+    planned(control, &Asked::of(control.source.as_ref().context(NO_GRAPH)?)?).await
+}
+
+/// The certificates of an authority that a registry's operator names. Beside the graph on the appliance.
+///
+/// # Errors
+/// If they cannot be read.
+pub(super) fn root(control: &Control, path: &str) -> anyhow::Result<String> {
+    let bytes = match &control.source {
+        Some(source) => source.read(path, MAX_ROOTS)?,
+        None => read_whole(std::fs::File::open(path)?.into(), MAX_ROOTS)?,
+    };
+    String::from_utf8(bytes).ok().context("it is not PEM")
 }
 
 /// What the files were like when they were last looked at.
@@ -383,12 +417,17 @@ pub(super) struct Asked<'a> {
     pub(super) images: Option<&'a BTreeMap<String, Digest>>,
     /// A secret without a value is an error. Where nobody is there to be told, the rest serves all the same.
     pub(super) needs_secrets: bool,
+    /// For what registries are asked.
+    pub(super) reach: Reach,
+    /// Who hears how far it is.
+    pub(super) tell: Option<&'a Tell>,
 }
 
 impl<'a> Asked<'a> {
     /// A graph of the store's history, as it was.
     pub(super) fn again(graph: &'a Graph) -> Self {
-        Self { shown: &graph.file, text: graph.manifest.clone(), images: Some(&graph.images), needs_secrets: false }
+        let (text, reach) = (graph.manifest.clone(), Reach::Lacking);
+        Self { shown: &graph.file, text, images: Some(&graph.images), needs_secrets: false, reach, tell: None }
     }
 
     fn of(source: &'a Source) -> anyhow::Result<Self> {
@@ -398,43 +437,63 @@ impl<'a> Asked<'a> {
             other => other.with_context(|| format!("reading {name}"))?,
         };
         let text = String::from_utf8(text).with_context(|| format!("{name} is not UTF-8"))?;
-        Ok(Self { shown: name, text, images: None, needs_secrets: true })
+        Ok(Self { shown: name, text, images: None, needs_secrets: true, reach: Reach::Lacking, tell: None })
+    }
+
+    /// Tells what is being done: whoever asked, or the console.
+    pub(super) async fn doing(&self, control: &Control, words: &str) {
+        match self.tell {
+            Some(tell) => tell.doing(words),
+            None => control.say(words).await,
+        }
+    }
+
+    /// Tells whoever asked how far it is.
+    pub(super) fn told(&self, words: &str) {
+        self.tell.into_iter().for_each(|tell| tell.doing(words));
     }
 }
 
 /// Where the bytes of an image are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Whereabouts {
+pub(super) enum Whereabouts {
     /// Beside the source's manifest.
     File(String),
     /// In the store.
     Stored(Digest),
+    /// In memory, where there is no store: they were pulled just now.
+    Came(Digest, Bytes),
 }
 
-fn find(control: &Control, asked: &Asked<'_>, image: &Image) -> Result<Whereabouts, (String, &'static str)> {
+/// Why an image is not to be had, and what to do.
+#[derive(Debug)]
+pub(super) struct Missing {
+    message: String,
+    help: String,
+}
+
+impl Missing {
+    pub(super) fn new(message: impl Into<String>, help: &str) -> Self {
+        Self { message: message.into(), help: help.to_owned() }
+    }
+
+    fn at(self, brane: &Brane) -> Diagnostic {
+        let said = Diagnostic::error(brane.image.span.clone(), self.message, "this image");
+        if self.help.is_empty() { said } else { said.help(self.help) }
+    }
+}
+
+async fn find(control: &Control, asked: &Asked<'_>, image: &Image) -> Result<Whereabouts, Missing> {
     let name = image.to_string();
     if let Some(digest) = asked.images.and_then(|images| images.get(&name)) {
         return Ok(Whereabouts::Stored(*digest));
     }
     match image {
         Image::File(path) if asked.images.is_none() => Ok(Whereabouts::File(path.clone())),
-        Image::File(_) => Err((format!("\"{name}\" did not come with the manifest"), "gaia deploy sends such files")),
-        Image::Name { repository, tag, digest } => {
-            let help =
-                "put it there: gaia push NAME FILE.wasm; or name a file beside the manifest: image = \"file:./x.wasm\"";
-            let Some(vault) = &control.vault else {
-                return Err((format!("there is no store to find \"{name}\" in"), help));
-            };
-            let pinned = digest.as_ref().and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok());
-            let key = tag.as_ref().map_or_else(|| repository.clone(), |tag| format!("{repository}:{tag}"));
-            match (pinned, vault.store().resolve(&key)) {
-                // What is pinned is that, whatever the name stands for by now.
-                (Some(pinned), _) if vault.store().has(&pinned) => Ok(Whereabouts::Stored(pinned)),
-                (None, Some(digest)) => Ok(Whereabouts::Stored(digest)),
-                (Some(_), Some(other)) => Err((format!("\"{key}\" is {other} in the store"), help)),
-                (_, None) => Err((format!("\"{name}\" is not in the store"), help)),
-            }
+        Image::File(_) => {
+            Err(Missing::new(format!("\"{name}\" did not come with the manifest"), "gaia deploy sends such files"))
         }
+        Image::Name { .. } => pull::found(control, asked, &name).await,
     }
 }
 
@@ -623,13 +682,29 @@ type Compiled = (HashMap<(String, u64), Artefact>, Vec<Diagnostic>, usize);
 
 /// Has each image once for each reservation, compiled if it is not there already.
 async fn compile_all(control: &Control, asked: &Asked<'_>, manifest: &Manifest, workers: u32) -> Compiled {
+    // Each image is looked for once, whoever has it.
+    let mut images: BTreeMap<String, &Brane> = BTreeMap::new();
+    for brane in &manifest.branes {
+        images.entry(brane.image.value.to_string()).or_insert(brane);
+    }
+    let (mut places, mut wrong, mut fresh) = (HashMap::with_capacity(images.len()), Vec::new(), 0);
+    let mut looking = futures_util::stream::iter(images)
+        .map(async |(image, brane)| (image, brane, find(control, asked, &brane.image.value).await))
+        .buffer_unordered(MAX_COMPILERS);
+    while let Some((image, brane, place)) = looking.next().await {
+        match place {
+            Ok(place) => drop(places.insert(image, place)),
+            Err(missing) => wrong.push(missing.at(brane)),
+        }
+    }
+    drop(looking);
     let all = manifest.branes.iter().map(|b| ((b.image.value.to_string(), reservation(b, workers)), b));
-    let all: BTreeMap<(String, u64), &Brane> = all.collect();
+    let all: BTreeMap<(String, u64), &Brane> = all.filter(|((image, _), _)| places.contains_key(image)).collect();
     let mut compiled = HashMap::with_capacity(all.len());
-    let (mut wrong, mut fresh) = (Vec::new(), 0);
     let mut working = futures_util::stream::iter(all)
         .map(async |((image, reservation), brane)| {
-            let outcome = artefact_of(control, asked, &brane.image.value, reservation).await;
+            let place = places.get(&image).cloned();
+            let outcome = artefact_of(control, asked, &brane.image.value, place, reservation).await;
             ((image, reservation), brane, outcome)
         })
         .buffer_unordered(MAX_COMPILERS);
@@ -639,42 +714,46 @@ async fn compile_all(control: &Control, asked: &Asked<'_>, manifest: &Manifest, 
                 fresh += usize::from(is_fresh);
                 compiled.insert(of, artefact);
             }
-            Err(diagnostic) => wrong.push(Diagnostic { span: brane.image.span.clone(), ..diagnostic }),
+            Err(e) => wrong.push(Diagnostic::error(brane.image.span.clone(), format!("{e:#}"), "this image")),
         }
     }
+    drop(working);
     (compiled, wrong, fresh)
 }
 
-/// An image's artefact, and whether it was compiled anew. What is wrong has its place still to be told.
+/// An image's artefact, and whether it was compiled anew.
 async fn artefact_of(
     control: &Control,
     asked: &Asked<'_>,
     image: &Image,
+    place: Option<Whereabouts>,
     reservation: u64,
-) -> Result<(Artefact, bool), Diagnostic> {
-    let wrong = |message: String| Diagnostic::error(0..0, message, "this image");
-    let place = find(control, asked, image).map_err(|(message, help)| wrong(message).help(help))?;
-    let outcome = match place {
+) -> anyhow::Result<(Artefact, bool)> {
+    match place.context("it was not found")? {
         Whereabouts::File(path) => {
-            async {
-                let source = control.source.as_ref().context("there is no folder to read files from")?;
-                let bytes = source.component(&path)?;
-                let digest = Digest::of(&bytes).hex();
-                compiled(control, &digest, reservation, async || Ok(bytes))
-                    .await
-                    .with_context(|| format!("compiling {path}"))
-            }
-            .await
+            let source = control.source.as_ref().context("there is no folder to read files from")?;
+            let bytes = source.component(&path)?;
+            let digest = Digest::of(&bytes).hex();
+            let compiled = compiled(control, &digest, reservation, async || Ok(bytes.into()));
+            compiled.await.with_context(|| format!("compiling {path}"))
+        }
+        Whereabouts::Came(digest, bytes) => {
+            let (digest, bytes) = (digest.hex(), async || Ok(bytes));
+            compiled(control, &digest, reservation, bytes).await.with_context(|| format!("compiling {image}"))
         }
         Whereabouts::Stored(digest) => {
             let read = async || {
                 let vault = control.vault.as_ref().context("there is no store")?;
-                vault.with(move |store| store.component(&digest)).await
+                match vault.with(move |store| store.component(&digest)).await {
+                    Err(lost) if asked.reach != Reach::Nobody && pull::is_lost(&lost) => {
+                        pull::again(control, asked, image, digest).await.map_err(|e| e.context(lost))
+                    }
+                    read => read.map(Bytes::from),
+                }
             };
             compiled(control, &digest.hex(), reservation, read).await.with_context(|| format!("compiling {image}"))
         }
-    };
-    outcome.map_err(|e| wrong(format!("{e:#}")))
+    }
 }
 
 /// Machine code of a component for a reservation, and whether it was compiled anew: what serves, what the store has, or what a
@@ -683,7 +762,7 @@ async fn compiled(
     control: &Control,
     digest: &str,
     reservation: u64,
-    component: impl AsyncFnOnce() -> anyhow::Result<Vec<u8>>,
+    component: impl AsyncFnOnce() -> anyhow::Result<Bytes>,
 ) -> anyhow::Result<(Artefact, bool)> {
     let of = (digest.to_owned(), reservation);
     if let Some(artefact) = control.compiled.borrow().get(&of) {

@@ -14,6 +14,7 @@ pub mod deploy;
 mod export;
 mod init;
 pub mod log;
+mod pull;
 pub mod remote;
 pub mod report;
 mod secrets;
@@ -21,10 +22,11 @@ mod syslog;
 mod vault;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -39,6 +41,7 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::channel::{Channel, read_whole};
 use crate::plan::{self, Plan};
+use crate::registries::Known;
 use crate::statistics::Statistics;
 use crate::worker::conversation::{self, Instance};
 
@@ -148,7 +151,9 @@ pub struct Control {
     /// What the last deploy failed with, or warned about.
     words: RefCell<Vec<String>>,
     tickets: Cell<u32>,
-    names: Stub,
+    names: Arc<Stub>,
+    /// The registries that the operator names.
+    registries: Known,
     /// What workers serve TLS with, if there is any.
     certificate: RefCell<Option<Rc<certificate::Pair>>>,
 }
@@ -158,8 +163,9 @@ pub struct Control {
 /// # Errors
 /// If its sandbox cannot be closed, what init hands down is not there, or the channel to init breaks.
 pub fn run() -> anyhow::Result<()> {
-    let ports = name_servers().iter().map(SocketAddr::port).chain(export::collector().map(|to| to.port)).collect();
     let mut descriptors = Descriptors::inherit()?;
+    let registries = registries(&mut descriptors);
+    let ports = ports(&registries);
     let data = descriptors.take("data").ok();
     let keeps = data.as_ref().map(AsFd::as_fd);
     sandbox::enter_keeping(&sandbox::control::SANDBOX, &ports, keeps, Demand::from_environment())?;
@@ -169,10 +175,28 @@ pub fn run() -> anyhow::Result<()> {
         .max_blocking_threads(DISK_THREADS)
         .thread_stack_size(256 << 10)
         .build()?;
-    tokio::task::LocalSet::new().block_on(&runtime, live(&mut descriptors, data))
+    tokio::task::LocalSet::new().block_on(&runtime, live(&mut descriptors, data, registries))
 }
 
-async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>) -> anyhow::Result<()> {
+/// The TCP ports that control may connect to: whoever else is to be reached has its port here, and in docs/security.md. All others
+/// are closed to it by its sandbox.
+fn ports(registries: &Known) -> BTreeSet<u16> {
+    let mut all: BTreeSet<u16> = name_servers().iter().map(SocketAddr::port).collect();
+    all.extend(registries.ports());
+    all.extend(export::collector().map(|to| to.port));
+    all
+}
+
+/// The registries that the supervisor hands down: none, if it is told of none. Whoever wrote what is wrong there was told.
+fn registries(descriptors: &mut Descriptors) -> Known {
+    let file = descriptors.take("registries").ok();
+    let text = file.and_then(|file| read_whole(file, gaia_init::registries::MAX_BYTES * 2).ok());
+    let text = text.and_then(|text| String::from_utf8(text).ok()).unwrap_or_default();
+    let said = gaia_init::registries::Registries::parse(&text).unwrap_or_default();
+    Known::of(&said).unwrap_or_default()
+}
+
+async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>, registries: Known) -> anyhow::Result<()> {
     let init = init::Init::new(Channel::new(descriptors.take("init")?)?);
     let seed = descriptors.take("seed").ok();
     let files = seed.as_ref().map(certificate::Files::from_environment).transpose()?.flatten();
@@ -212,7 +236,8 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>) -> anyhow::R
         words: RefCell::default(),
         // Not where the control before this one began: its questions may still be answered.
         tickets: Cell::new(std::process::id() << 12),
-        names: Stub::new(name_servers()),
+        names: Arc::new(Stub::new(name_servers())),
+        registries,
         certificate: RefCell::default(),
     });
     let beating = Rc::clone(&control);

@@ -9,10 +9,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use gaia_store::{ArtefactKey, Digest, Finding, Limits, Store};
 use rustix::fs::MemfdFlags;
 
 use super::artefact::{Artefact, Key};
+use super::pull::Remembered;
 use crate::channel::SEALED;
 use crate::compile::{MAX_ARTEFACT, MAX_COMPONENT};
 use crate::engine;
@@ -21,6 +23,8 @@ use crate::engine;
 const KEY: &str = "artefact-key";
 /// What the store may grow to on the largest disk, in bytes.
 const MOST: u64 = 16 << 30;
+/// What the disk is asked to take at a time, in bytes.
+const PIECE: usize = 1 << 20;
 /// How long a component that nothing refers to yet is kept: whoever pushed it is about to deploy it.
 const FRESH: Duration = Duration::from_mins(15);
 
@@ -32,6 +36,8 @@ pub(super) struct Vault {
     fresh: Arc<std::sync::Mutex<BTreeMap<Digest, Instant>>>,
     /// What machine code for each reservation depends on, in a word: Wasmtime takes a while to say it.
     settings: Arc<std::sync::Mutex<BTreeMap<u64, String>>>,
+    /// Where components came from.
+    pub(super) remembered: Remembered,
 }
 
 impl Vault {
@@ -45,7 +51,8 @@ impl Vault {
         let limits =
             Limits { bytes, component_bytes: MAX_COMPONENT, artefact_bytes: MAX_ARTEFACT, ..Limits::default() };
         let (store, findings) = Store::open(directory, limits)?;
-        Ok((Self { store: Arc::new(store), fresh: Arc::default(), settings: Arc::default() }, findings))
+        let remembered = Remembered::of(&store);
+        Ok((Self { store: Arc::new(store), fresh: Arc::default(), settings: Arc::default(), remembered }, findings))
     }
 
     /// The store, for what it knows without the disk.
@@ -63,6 +70,19 @@ impl Vault {
     ) -> anyhow::Result<T> {
         let store = Arc::clone(&self.store);
         Ok(tokio::task::spawn_blocking(move || work(&store)).await.context("the store's thread ended")??)
+    }
+
+    /// Puts a component into the store that has this digest.
+    ///
+    /// # Errors
+    /// The disk's, that it is full, or that it has another digest.
+    pub(super) async fn put(&self, component: Bytes, digest: Digest) -> anyhow::Result<()> {
+        let put = move |store: &Store| {
+            let mut upload = store.upload()?;
+            component.chunks(PIECE).try_for_each(|piece| upload.append(piece))?;
+            upload.finish(Some(digest)).map(drop)
+        };
+        self.with(put).await
     }
 
     /// The key that machine code on the disk is vouched for with, made if there is none.
