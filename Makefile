@@ -16,8 +16,10 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 # The graph and the device's settings that `make run` boots with. Images in the graph are those of out/branes.
 GRAPH  ?= examples/all.zgraph.toml
 CONFIG ?= examples/gaia.toml
-# The port of this machine behind which the appliance answers, the path that is asked until it does, and its size.
+# The ports of this machine behind which the appliance answers requests and its operators, the path that is asked until it answers, and
+# its size.
 PORT     ?= 8080
+CONTROL  ?= 7250
 URL_PATH ?= /hello
 MEMORY   ?= 512
 CPUS     ?= 2
@@ -25,6 +27,9 @@ CPUS     ?= 2
 DATA     ?= out/data.img
 # Not empty: the machine reaches this machine's network. What branes may reach of it, the graph says.
 ONLINE   ?=
+# Where `make install` puts the command, and below which folder, for whoever packs it.
+PREFIX   ?= /usr/local
+DESTDIR  ?=
 
 # --- Where things are -------------------------------------------------------------------------------------------
 
@@ -78,7 +83,7 @@ help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
 	@echo '  Variables of make run: GRAPH=$(GRAPH) CONFIG=$(CONFIG)'
-	@echo '                         PORT=$(PORT) URL_PATH=$(URL_PATH) MEMORY=$(MEMORY) (MiB) CPUS=$(CPUS) ONLINE=$(ONLINE) DATA=$(DATA)'
+	@echo '                         PORT=$(PORT) CONTROL=$(CONTROL) URL_PATH=$(URL_PATH) MEMORY=$(MEMORY) (MiB) CPUS=$(CPUS) ONLINE=$(ONLINE) DATA=$(DATA)'
 
 .PHONY: setup
 setup: ## install what is missing to build, run, check and measure
@@ -90,10 +95,10 @@ ready:
 	@image/setup.sh run
 
 .PHONY: run
-run: ready image out/seed.cpio $(DATA) ## boot the appliance in QEMU with GRAPH and CONFIG, its port 8080 at PORT
+run: ready image out/seed.cpio $(DATA) ## boot the appliance in QEMU with GRAPH and CONFIG, its ports 8080 at PORT and 7250 at CONTROL
 	@out/bin/gaia-qemu run --kernel out/bzImage --initrd out/initramfs.zst --initrd out/seed.cpio \
 		--append "$$(< image/cmdline)" $(if $(ONLINE),--online) $(if $(DATA),--data '$(DATA)') \
-		--forward $(PORT):8080 --memory $(MEMORY) --cpus $(CPUS) --url-path $(URL_PATH)
+		--forward $(PORT):8080 --forward $(CONTROL):7250 --memory $(MEMORY) --cpus $(CPUS) --url-path $(URL_PATH)
 
 .PHONY: test
 test: ## everything: checks, images, and the tests that boot them; prints the seconds of each stage
@@ -132,6 +137,29 @@ soak: ready image test-image out/interfaces ## the long versions of the tests, a
 
 .PHONY: image
 image: out/bzImage out/initramfs.zst $(BRANES) ## build the kernel, the initramfs and the guests into out/
+
+.PHONY: man
+man: out/bin/gaia ## write the command's manual into out/man: gaia.1, gaia-deploy.1, …
+	@rm -rf out/man && out/bin/gaia man out/man
+
+# Under their bare name, so that a shell finds the program wherever it is.
+define completions
+	(exec -a gaia out/bin/gaia completions $(1)) >out/completions/$(2)
+	install -Dm644 out/completions/$(2) '$(DESTDIR)$(PREFIX)/share/$(3)/$(2)'
+endef
+
+.PHONY: install
+install: man ## install the command gaia, ω beside it, its manual and what shells know of it: PREFIX=/usr/local
+	@mkdir -p out/completions
+	@install -Dm755 out/bin/gaia '$(DESTDIR)$(PREFIX)/bin/gaia'
+	@ln -sf gaia '$(DESTDIR)$(PREFIX)/bin/ω'
+	@install -d '$(DESTDIR)$(PREFIX)/share/man/man1' && install -m644 out/man/*.1 '$(DESTDIR)$(PREFIX)/share/man/man1'
+	@$(call completions,bash,gaia,bash-completion/completions)
+	@$(call completions,zsh,_gaia,zsh/site-functions)
+	@$(call completions,fish,gaia.fish,fish/vendor_completions.d)
+	@ln -sf gaia '$(DESTDIR)$(PREFIX)/share/bash-completion/completions/ω'
+	@ln -sf gaia.fish '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/ω.fish'
+	@echo 'Installed gaia, also called ω, below $(DESTDIR)$(PREFIX)'
 
 .PHONY: advisories
 advisories: ## ask the advisory database about every dependency; needs the network, so no part of check

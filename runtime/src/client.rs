@@ -1,17 +1,21 @@
 //! The operator's side of the API, and how its answers look.
 
 use std::cell::Cell;
+use std::convert::Infallible;
 use std::fmt::Write as _;
+use std::future::Future;
+use std::io::ErrorKind;
 use std::path::PathBuf;
-use std::pin::pin;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use gaia_init::given::{Fires, Interrupt};
 use gaia_store::{Digest, Reference};
 use http::{HeaderMap, Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,8 +24,10 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::control::log::{Place, Query};
-use crate::control::report::{Done, Failed, Given, Graphs, Line, Ps, Pushed, Secrets, Status, Step};
-use crate::remote::{Folder, Remote, Untrusted};
+use crate::control::report::{Done, Failed, Given, Graphs, Line, Ps, Pushed, Reason, Secrets, Status, Step};
+use crate::failure::{Failure, Kind};
+use crate::progress::{EVERY, Progress};
+use crate::remote::{Folder, Remote};
 
 /// Where the appliance's control listens.
 pub const DEFAULT_SOCKET: &str = "/run/control.sock";
@@ -32,6 +38,10 @@ const WITHIN: Duration = Duration::from_secs(10);
 /// What pushing a component may take: the largest over a slow line.
 const PUSHED_WITHIN: Duration = Duration::from_mins(10);
 
+/// What an answer's `Server` header begins with; the version follows.
+pub(crate) const SERVER: &str = concat!("gaia/", env!("CARGO_PKG_VERSION"));
+/// How much of a body is handed over at a time, in bytes.
+const PIECE: usize = 64 * 1024;
 /// A follower to whom nothing came for so long has nobody at the other end any more: there is a sign of life four times in it.
 const SILENT: Duration = Duration::from_mins(1);
 /// How long it waits before it tries again: first, and at most.
@@ -50,47 +60,128 @@ pub enum Turn<'a> {
 }
 
 /// Why an appliance could not be asked.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// Nobody listens.
-    #[error("{socket}: {source}; is the appliance up?", socket = .socket.display())]
     Connect {
         /// Where.
         socket: PathBuf,
         /// What the kernel said.
         source: std::io::Error,
     },
-    /// It is not the one that it was, or does not take this operator.
-    #[error("{0}")]
-    Remote(String),
-    /// It cannot be reached over the network.
-    #[error("{0}")]
-    Away(String),
+    /// It cannot be reached over the network, or one side does not trust the other.
+    Remote(Failure),
     /// It took too long.
-    #[error("no answer within {} s", .0.as_secs())]
     Slow(Duration),
     /// The conversation broke.
-    #[error("the conversation with the appliance broke: {0}")]
     Broken(String),
+    /// It and this command are of different versions, and do not understand each other.
+    Version {
+        /// Its version, if it says so.
+        theirs: Option<String>,
+        /// What was not understood.
+        what: String,
+    },
     /// It answered that it could not.
-    #[error("{0}")]
     Refused(String),
+    /// It answered that nothing is changed until something else is.
+    Unchanged(Reason, String),
     /// It answered that there is no such thing.
-    #[error("{0}")]
     Missing(String),
     /// What it was to be told is not what can be told.
-    #[error("{0}")]
     Input(String),
     /// What it answered could not be written.
-    #[error("writing: {0}")]
     Output(std::io::Error),
+}
+
+impl Error {
+    /// What failed, what to do about it, and what a script can make of it.
+    #[must_use]
+    pub fn failure(&self) -> Failure {
+        match self {
+            Self::Connect { socket, source } => no_socket(socket, source),
+            Self::Remote(failure) => failure.clone(),
+            Self::Slow(within) => {
+                Failure::new(Kind::Unreachable, format!("the appliance does not answer within {} s", within.as_secs()))
+                    .help("its console tells whether it is well")
+            }
+            Self::Broken(why) => {
+                Failure::new(Kind::Failed, format!("the conversation with the appliance broke: {why}"))
+                    .help("what it was asked for may be done or not: `gaia status` and `gaia graphs` tell")
+            }
+            Self::Version { theirs, what } => {
+                let (ours, theirs) = (env!("CARGO_PKG_VERSION"), theirs.as_deref().unwrap_or("of another version"));
+                Failure::new(
+                    Kind::Failed,
+                    format!("the appliance and this command do not understand each other: {what}"),
+                )
+                .help(format!("the appliance's gaia is {theirs}, this one is {ours}: use the same on both sides"))
+            }
+            Self::Refused(why) | Self::Missing(why) | Self::Unchanged(Reason::Other, why) => {
+                Failure::new(Kind::Failed, why)
+            }
+            Self::Unchanged(Reason::NotAgreed, why) => {
+                Failure::new(Kind::NotAgreed, format!("nothing is changed: {why}")).help("agree to it with --yes")
+            }
+            Self::Unchanged(Reason::NotShown, why) => {
+                Failure::new(Kind::Overtaken, why).help("look at the plan again: the same command shows it")
+            }
+            Self::Unchanged(Reason::Busy, why) => {
+                Failure::new(Kind::Overtaken, why).help("try again when that is done")
+            }
+            Self::Input(why) => Failure::new(Kind::Usage, why),
+            Self::Output(error) => Failure::new(Kind::Failed, format!("writing the answer: {error}")),
+        }
+    }
+}
+
+impl Error {
+    /// Whether it may be well after a while: one that shows another key than its own will not be another.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Broken(_) | Self::Slow(_) => true,
+            Self::Remote(failure) => failure.kind == Kind::Unreachable,
+            _ => false,
+        }
+    }
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.failure().fmt(f)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// A socket on which nobody answers.
+fn no_socket(socket: &std::path::Path, error: &std::io::Error) -> Failure {
+    let shown = socket.display();
+    let (what, help) = match error.kind() {
+        ErrorKind::NotFound => (
+            format!("no appliance here: there is no socket {shown}"),
+            "is the appliance up? One over the network is asked with: gaia --on HOST …; one of `gaia run` with: gaia --api SOCKET …, as it \
+             says when it starts",
+        ),
+        ErrorKind::ConnectionRefused => (
+            format!("nobody listens on the socket {shown}"),
+            "is the appliance up? A `gaia run` that was killed leaves its socket behind; on an appliance, control may be starting again",
+        ),
+        ErrorKind::PermissionDenied => {
+            (format!("{shown}: {error}"), "that socket is its owner's alone: ask as the user who started it")
+        }
+        _ => (format!("{shown}: {error}"), "is the appliance up?"),
+    };
+    Failure::new(Kind::Unreachable, what).help(help)
 }
 
 /// An appliance that can be asked.
 #[derive(Debug, Clone)]
 pub struct Client {
     way: Way,
+    within: Duration,
+    progress: Progress,
 }
 
 /// How it is reached.
@@ -108,21 +199,55 @@ impl Client {
     /// The one whose control listens on this socket.
     #[must_use]
     pub fn new(socket: PathBuf) -> Self {
-        Self { way: Way::Socket(socket) }
+        Self { way: Way::Socket(socket), within: WITHIN, progress: Progress::default() }
     }
 
     /// This one, over the network.
     #[must_use]
     pub fn remote(folder: Folder, remote: Remote) -> Self {
-        Self { way: Way::Network(folder, Box::new(remote)) }
+        let way = Way::Network(folder, Box::new(remote));
+        Self { way, within: WITHIN, progress: Progress::default() }
+    }
+
+    /// The same, which is not waited for any longer than this where a short answer is expected.
+    #[must_use]
+    pub fn within(self, within: Duration) -> Self {
+        Self { within, ..self }
+    }
+
+    /// The same, which shows how far it is.
+    #[must_use]
+    pub fn showing(self, progress: Progress) -> Self {
+        Self { progress, ..self }
+    }
+
+    /// Where it shows how far it is.
+    #[must_use]
+    pub fn progress(&self) -> &Progress {
+        &self.progress
     }
 
     /// How a conversation broke: what to do about it, if that is known.
     fn broken(&self, error: &(dyn std::error::Error + 'static)) -> Error {
         match &self.way {
-            Way::Network(_, remote) if let Some(words) = remote.explained(error) => Error::Remote(words),
+            Way::Network(_, remote) if let Some(failure) = remote.explained(error) => Error::Remote(failure),
             _ => Error::Broken(error.to_string()),
         }
+    }
+
+    /// Does something while it is shown how far it is.
+    async fn shown<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        let mut tick = tokio::time::interval(EVERY);
+        let outcome = loop {
+            tokio::select! {
+                biased;
+                outcome = work.as_mut() => break outcome,
+                _ = tick.tick() => self.progress.draw(),
+            }
+        };
+        self.progress.clear();
+        outcome
     }
 
     /// `GET /v1/status`
@@ -208,13 +333,19 @@ impl Client {
         let mut last = None;
         self.lines(Method::POST, path, body.into(), |one: Step| {
             match one {
-                Step::Doing(words) => step(&words),
+                Step::Doing(words) => {
+                    self.progress.doing(&words);
+                    if !self.progress.cares() {
+                        step(&words);
+                    }
+                }
                 other => last = Some(other),
             }
             last.is_none()
         })?;
         match last {
             Some(Step::Failed(why)) => Err(Error::Refused(why)),
+            Some(Step::Unchanged { reason, error }) => Err(Error::Unchanged(reason, error)),
             Some(last) => Ok(last),
             None => Err(Error::Broken("it ended before it said what came of it".into())),
         }
@@ -269,7 +400,7 @@ impl Client {
             };
             match error {
                 // Where it was begun once, it may be begun again.
-                Error::Connect { .. } | Error::Away(_) | Error::Broken(_) | Error::Slow(_) if query.from.is_some() => {
+                _ if query.from.is_some() && error.may_pass() => {
                     if !std::mem::replace(&mut away, true) {
                         turn(Turn::Broke(&error));
                     }
@@ -303,17 +434,18 @@ impl Client {
         mut line: impl FnMut(T) -> bool,
     ) -> Result<(), Error> {
         let silent = silent.unwrap_or(Duration::MAX);
-        runtime()?.block_on(async {
+        runtime()?.block_on(self.shown(async {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
                 let answer = self.answered(sender, method, path, body).await?;
+                let theirs = version(&answer);
                 begun(answer.headers());
                 let (mut body, mut text) = (answer.into_body(), Vec::new());
                 while let Some(frame) = timeout(silent, body.frame()).await.map_err(|_| Error::Slow(silent))? {
                     text.extend(frame.map_err(|e| self.broken(&e))?.data_ref().into_iter().flatten());
                     let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
                     for one in text[..whole].split(|b| *b == b'\n').filter(|one| !one.is_empty()) {
-                        if !line(serde_json::from_slice(one).map_err(|e| self.broken(&e))?) {
+                        if !line(serde_json::from_slice(one).map_err(|e| not_understood(theirs.as_ref(), &e))?) {
                             return Ok(());
                         }
                     }
@@ -338,7 +470,7 @@ impl Client {
                     },
                 },
             }
-        })
+        }))
     }
 
     async fn connection(&self) -> Result<(Sender, Connection), Error> {
@@ -349,11 +481,7 @@ impl Client {
             }
             Way::Network(folder, remote) => {
                 let stream = remote.connect(folder).await;
-                Box::new(stream.map_err(|e| {
-                    let words = format!("{e:#}");
-                    // One that shows another key than its own will not be another after a while.
-                    if e.is::<Untrusted>() { Error::Remote(words) } else { Error::Away(words) }
-                })?)
+                Box::new(stream.map_err(|e| Error::Remote(Failure::of(&e)))?)
             }
         };
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| Error::Broken(e.to_string()))
@@ -368,14 +496,23 @@ impl Client {
         body: Bytes,
     ) -> Result<Response<Incoming>, Error> {
         let request = Request::builder().method(method).uri(path).header(header::HOST, "appliance");
-        let request = request.body(Full::new(body)).map_err(|e| self.broken(&e))?;
+        let body = Sent { all: body.len() as u64, rest: body, progress: self.progress.clone() };
+        let request = request.body(body).map_err(|e| self.broken(&e))?;
         let response = sender.send_request(request).await.map_err(|e| self.broken(&e))?;
         let status = response.status();
         if status.is_success() && status != StatusCode::NO_CONTENT {
             return Ok(response);
         }
+        let theirs = version(&response);
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| self.broken(&*e))?;
         match serde_json::from_slice::<Failed>(&body.to_bytes()) {
+            Ok(failed) if status == StatusCode::NOT_FOUND && path.starts_with("/v1/components/") => {
+                Err(Error::Missing(failed.error))
+            }
+            // What one of two versions does not know is not there, or no request.
+            Ok(failed) if [400, 404, 405].contains(&status.as_u16()) && is_other(theirs.as_ref()) => {
+                Err(Error::Version { theirs, what: failed.error })
+            }
             Ok(failed) if status == StatusCode::NOT_FOUND => Err(Error::Missing(failed.error)),
             Ok(failed) => Err(Error::Refused(failed.error)),
             Err(_) => Err(Error::Refused(format!("the appliance answered {status}"))),
@@ -383,7 +520,8 @@ impl Client {
     }
 
     fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, Error> {
-        self.ask_with(method, path, Bytes::new(), WITHIN)
+        self.progress.doing("waiting for the appliance");
+        self.ask_with(method, path, Bytes::new(), self.within)
     }
 
     fn ask_with<T: DeserializeOwned>(
@@ -397,9 +535,10 @@ impl Client {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
                 let response = self.answered(sender, method, path, body).await?;
+                let theirs = version(&response);
                 let body =
                     Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| self.broken(&*e))?;
-                serde_json::from_slice(&body.to_bytes()).map_err(|e| self.broken(&e))
+                serde_json::from_slice(&body.to_bytes()).map_err(|e| not_understood(theirs.as_ref(), &e))
             };
             match tokio::join!(exchange, connection) {
                 // Whoever heard how it ended may be the connection.
@@ -407,13 +546,63 @@ impl Client {
                 (exchanged, _) => exchanged,
             }
         };
-        let outcome = runtime()?.block_on(async { tokio::time::timeout(within, conversation).await });
+        let outcome = runtime()?.block_on(self.shown(async { tokio::time::timeout(within, conversation).await }));
         outcome.map_err(|_| Error::Slow(within))?
     }
 }
 
-type Sender = hyper::client::conn::http1::SendRequest<Full<Bytes>>;
-type Connection = hyper::client::conn::http1::Connection<TokioIo<Box<dyn Stream>>, Full<Bytes>>;
+type Sender = hyper::client::conn::http1::SendRequest<Sent>;
+type Connection = hyper::client::conn::http1::Connection<TokioIo<Box<dyn Stream>>, Sent>;
+
+/// A request's body, which tells how much of it has gone.
+#[derive(Debug)]
+struct Sent {
+    rest: Bytes,
+    all: u64,
+    progress: Progress,
+}
+
+impl Body for Sent {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.rest.is_empty() {
+            return Poll::Ready(None);
+        }
+        let next = self.rest.len().min(PIECE);
+        let piece = self.rest.split_to(next);
+        self.progress.bytes(self.all - self.rest.len() as u64, self.all);
+        Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.rest.len() as u64)
+    }
+}
+
+/// The version of whoever answered, if it says so.
+fn version(answer: &Response<Incoming>) -> Option<String> {
+    let server = answer.headers().get(header::SERVER)?.to_str().ok()?;
+    server.strip_prefix("gaia/").map(str::to_owned)
+}
+
+/// Whether it is known to be another than this one.
+fn is_other(theirs: Option<&String>) -> bool {
+    theirs.is_some_and(|theirs| theirs != env!("CARGO_PKG_VERSION"))
+}
+
+/// An answer that is none. One of this same version is broken; any other may be right in its own way.
+fn not_understood(theirs: Option<&String>, error: &serde_json::Error) -> Error {
+    match theirs {
+        Some(theirs) if theirs == env!("CARGO_PKG_VERSION") => Error::Broken(error.to_string()),
+        _ => Error::Version { theirs: theirs.cloned(), what: error.to_string() },
+    }
+}
 
 fn runtime() -> Result<tokio::runtime::Runtime, Error> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| Error::Broken(e.to_string()))
@@ -632,7 +821,101 @@ mod tests {
 
     #[test]
     fn nobody_there_says_what_to_look_at() {
-        let error = Client::new("/nonexistent/socket".into()).status().unwrap_err().to_string();
-        assert!(error.contains("/nonexistent/socket") && error.contains("is the appliance up?"), "{error}");
+        let error = Client::new("/nonexistent/socket".into()).status().unwrap_err();
+        let (text, failure) = (error.to_string(), error.failure());
+        assert!(text.contains("/nonexistent/socket") && text.contains("is the appliance up?"), "{text}");
+        assert_eq!(failure.kind, Kind::Unreachable);
+        let folder = tempfile::tempdir().unwrap();
+        let left = folder.path().join("left.sock");
+        drop(std::os::unix::net::UnixListener::bind(&left).unwrap());
+        let failure = Client::new(left).status().unwrap_err().failure();
+        assert_eq!(failure.kind, Kind::Unreachable);
+        assert!(failure.error.starts_with("nobody listens on the socket"), "{failure}");
+    }
+
+    /// What a client makes of a control that gives this answer, whatever it is asked.
+    fn answered<T>(answer: &str, ask: impl FnOnce(&Client) -> Result<T, Error>) -> (Result<T, Error>, String) {
+        use std::io::{Read as _, Write as _};
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let answer = answer.to_owned();
+        let control = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let (mut heard, mut some) = (Vec::new(), [0; 4096]);
+            loop {
+                let text = String::from_utf8_lossy(&heard).into_owned();
+                let length = |head: &str| {
+                    let line = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+                    line.map_or(0, |n| n.parse::<usize>().unwrap())
+                };
+                if text.split_once("\r\n\r\n").is_some_and(|(head, body)| body.len() >= length(head)) {
+                    break;
+                }
+                let n = stream.read(&mut some).unwrap();
+                assert!(n > 0, "{text}");
+                heard.extend_from_slice(&some[..n]);
+            }
+            stream.write_all(answer.as_bytes()).unwrap();
+            String::from_utf8_lossy(&heard).into_owned()
+        });
+        let outcome = ask(&Client::new(socket));
+        (outcome, control.join().unwrap())
+    }
+
+    fn http(status: &str, server: &str, body: &str) -> String {
+        format!("HTTP/1.1 {status}\r\n{server}Content-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+    }
+
+    #[test]
+    fn a_control_of_another_version_is_named_where_it_is_not_understood() {
+        let ours = format!("Server: {SERVER}\r\n");
+        let failure = |answer: &str| answered(answer, Client::status).0.unwrap_err().failure();
+        let newer = failure(&http("200 OK", "Server: gaia/9.0.0\r\n", "{\"state\":\"fine\"}"));
+        assert!(newer.help.unwrap().starts_with("the appliance's gaia is 9.0.0, this one is "), "{}", newer.error);
+        let silent = failure(&http("200 OK", "", "{}"));
+        assert!(silent.help.unwrap().starts_with("the appliance's gaia is of another version"));
+        let broken = failure(&http("200 OK", &ours, "{}"));
+        assert!(broken.error.contains("broke"), "{broken}");
+        let gone = http("404 Not Found", "Server: gaia/0.0.1\r\n", "{\"error\":\"there is no such path\"}");
+        assert!(failure(&gone).help.unwrap().contains("0.0.1"));
+        // What is missing in the store of an older one is missing, and no misunderstanding.
+        let (has, _) = answered(&gone, |client| client.has(&Digest::of(b"")));
+        assert!(!has.unwrap());
+        let refused = failure(&http("409 Conflict", "Server: gaia/9.0.0\r\n", "{\"error\":\"no\"}"));
+        assert_eq!((refused.error.as_str(), refused.help), ("no", None));
+    }
+
+    #[test]
+    fn why_nothing_was_changed_becomes_an_exit_status() {
+        let of = |step: &str| {
+            let answer = http("200 OK", "", &format!("{{\"doing\":\"a\"}}\n{step}\n"));
+            let (outcome, _) = answered(&answer, |client| client.change("/v1/rollback", &"", |_| {}));
+            outcome.unwrap_err().failure()
+        };
+        for (reason, kind) in [
+            ("not_agreed", Kind::NotAgreed),
+            ("not_shown", Kind::Overtaken),
+            ("busy", Kind::Overtaken),
+            ("new", Kind::Failed),
+        ] {
+            let failure = of(&format!("{{\"unchanged\":{{\"reason\":\"{reason}\",\"error\":\"why\"}}}}"));
+            assert_eq!(failure.kind, kind, "{reason}");
+            assert!(failure.error.contains("why"), "{failure}");
+        }
+        assert_eq!(of("{\"failed\":\"why\"}").kind, Kind::Failed);
+    }
+
+    #[test]
+    fn a_component_goes_in_pieces_and_whole() {
+        let component = Bytes::from(vec![b'x'; 3 * PIECE + 1]);
+        let body = format!("{{\"digest\":\"{}\",\"bytes\":1,\"name\":null}}", Digest::of(&component));
+        let progress = Progress::on_terminal(false);
+        let (pushed, heard) = answered(&http("200 OK", "", &body), |client| {
+            client.clone().showing(progress).push(None, component.clone())
+        });
+        assert_eq!(pushed.unwrap().bytes, 1);
+        assert!(heard.contains(&format!("content-length: {}\r\n", component.len())), "{}", &heard[..200]);
+        assert_eq!(heard.split_once("\r\n\r\n").unwrap().1.len(), component.len());
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{bail, ensure};
 use bytes::Bytes;
 use gaia_manifest::Image;
 use gaia_store::{Digest, Reference};
@@ -19,6 +19,7 @@ use crate::client::Client;
 use crate::compile::MAX_COMPONENT;
 use crate::control::change::{counts, size};
 use crate::control::report::{BraneChange, Change, Deploy, Deployed, Graphs, PlanReport, Pushed, Step};
+use crate::failure::{Failure, Kind};
 use crate::registries;
 
 /// What brings files to an appliance.
@@ -85,11 +86,14 @@ impl Command {
 pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
     match command {
         Command::Push { name: Name::Remote(name), file, registries } => {
-            let pushed = registries::push(name, component(file)?, registries.as_deref(), doing)?;
+            let component = component(file).map_err(|e| Failure { kind: Kind::Usage, ..e })?;
+            let pushed = registries::push(name, component, registries.as_deref(), doing)?;
             show(out, json, &pushed, pushed_there_text)
         }
         Command::Push { name: Name::Stored(name), file, .. } => {
-            let pushed = client.push(Some(name), component(file)?)?;
+            let component = component(file).map_err(|e| Failure { kind: Kind::Usage, ..e })?;
+            client.progress().doing(&format!("sending {}", file.display()));
+            let pushed = client.push(Some(name), component)?;
             show(out, json, &pushed, pushed_text)
         }
         Command::Deploy { file, dry_run, yes } => deploy(client, file, *dry_run, *yes, json, out),
@@ -105,7 +109,7 @@ fn deploy(
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
     let shown = file.display();
-    let manifest = std::fs::read_to_string(file).with_context(|| format!("{shown}"))?;
+    let manifest = std::fs::read_to_string(file).map_err(|e| Failure::unreadable(file, &e))?;
     let parsed = gaia_manifest::parse(&manifest).map_err(|wrong| {
         let mut words = format!("{shown}: {} errors, nothing is changed", wrong.len());
         for diagnostic in wrong {
@@ -132,7 +136,11 @@ fn deploy(
         out.flush()?;
     }
     if !yes && !plan.ends.is_empty() {
-        ensure!(agreed(&format!("it {}", plan.ends.join("; it ")))?, "nothing is changed");
+        ensure!(
+            agreed(&format!("it {}", plan.ends.join("; it ")), json)?,
+            Failure::new(Kind::NotAgreed, "nothing is changed")
+        );
+        client.progress().again();
         asked.ends_states = true;
     }
     let (compiled, micros) = (plan.compiled, plan.micros);
@@ -152,25 +160,37 @@ fn sent(client: &Client, path: &Path) -> anyhow::Result<Digest> {
     let component = component(path)?;
     let digest = Digest::of(&component);
     if !client.has(&digest)? {
-        doing(&format!("sending {}, {} bytes", path.display(), component.len()));
+        let words = format!("sending {}", path.display());
+        client.progress().doing(&words);
+        if !client.progress().cares() {
+            doing(&words);
+        }
         client.push(None, component)?;
     }
     Ok(digest)
 }
 
-fn component(path: &Path) -> anyhow::Result<Bytes> {
+fn component(path: &Path) -> Result<Bytes, Failure> {
     let shown = path.display();
-    let size = std::fs::metadata(path).with_context(|| format!("{shown}"))?.len();
-    ensure!(size <= MAX_COMPONENT, "{shown} has {size} bytes, at most {MAX_COMPONENT} are taken");
-    let bytes = std::fs::read(path).with_context(|| format!("{shown}"))?;
-    ensure!(bytes.starts_with(b"\0asm"), "{shown} is no WebAssembly");
+    let wrong = |error: String| Failure::new(Kind::Failed, error);
+    let unreadable = |e: io::Error| wrong(format!("{shown}: {e}"));
+    let size = std::fs::metadata(path).map_err(unreadable)?.len();
+    if size > MAX_COMPONENT {
+        return Err(wrong(format!("{shown} has {size} bytes, at most {MAX_COMPONENT} are taken")));
+    }
+    let bytes = std::fs::read(path).map_err(unreadable)?;
+    if !bytes.starts_with(b"\0asm") {
+        let help = "a component is built with the target wasm32-wasip2, for example";
+        return Err(wrong(format!("{shown} is no WebAssembly")).help(help));
+    }
     Ok(bytes.into())
 }
 
-/// Asks on the terminal; where there is none, that is an error which says what to do.
-fn agreed(what: &str) -> anyhow::Result<bool> {
-    if !io::stdin().is_terminal() {
-        bail!("nothing is changed: {what}; that has to be agreed to: --yes");
+/// Asks on the terminal; where there is none, or a script reads, that is an error which says what to do.
+fn agreed(what: &str, json: bool) -> anyhow::Result<bool> {
+    if json || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+        let error = format!("nothing is changed: {what}; that has to be agreed to");
+        return Err(Failure::new(Kind::NotAgreed, error).help("agree to it with --yes").into());
     }
     let mut error = io::stderr();
     write!(error, "{what}. Go on? [y/N] ")?;
@@ -338,7 +358,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.wasm");
         std::fs::write(&path, "text").unwrap();
-        assert!(component(&path).unwrap_err().to_string().ends_with("is no WebAssembly"));
+        assert!(component(&path).unwrap_err().error.ends_with("is no WebAssembly"));
         assert!(component(&folder.path().join("none")).is_err());
     }
 }

@@ -1,31 +1,34 @@
 //! `gaia`: the operator's command, and each of the runtime's roles.
 
 use std::collections::BTreeSet;
-use std::io::{IsTerminal as _, Write as _, stderr, stdin, stdout};
+use std::ffi::OsString;
+use std::io::{ErrorKind, IsTerminal as _, Write as _, stderr, stdin, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use gaia_init::key::PublicKey;
 use gaia_init::sandbox::{self, Demand};
 use gaia_runtime::check::Review;
-use gaia_runtime::client::{Client, DEFAULT_SOCKET};
+use gaia_runtime::client::{self, Client, DEFAULT_SOCKET};
+use gaia_runtime::complete::{self, Shell};
 use gaia_runtime::console::{self, Mode};
+use gaia_runtime::failure::{Failure, Kind};
 use gaia_runtime::kept::Kept;
+use gaia_runtime::progress::Progress;
 use gaia_runtime::remote::{Folder, Remote};
-use gaia_runtime::{compile, control, deploy, operate, run, worker};
+use gaia_runtime::{compile, control, deploy, manual, operate, run, worker};
 
 #[global_allocator]
 static ALLOCATOR: Kept = Kept;
 
 /// Operate a Gaia appliance: WebAssembly components served from bare metal.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true)]
+#[command(name = "gaia", bin_name = "gaia", version, propagate_version = true, after_help = manual::statuses())]
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Answer in JSON
+    /// Answer in JSON, also where it fails: then on standard error
     #[arg(long, global = true)]
     json: bool,
     /// The socket of the appliance's control
@@ -52,6 +55,8 @@ enum Command {
         /// The key that stands on its console
         key: PublicKey,
     },
+    /// The appliances that are known here: their short names, addresses, and the keys that they have to show
+    Hosts,
     /// The security review of a manifest: what its components import, what it grants, what is missing or too much
     Check {
         /// The manifest; images are looked up beside it
@@ -64,6 +69,17 @@ enum Command {
     Run(run::Options),
     /// A prompt that takes these commands: what the serial port of the appliance runs
     Console,
+    /// What a shell needs to know to offer commands, branes and hosts on Tab: source <(gaia completions bash)
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Write the manual's pages into a folder
+    #[command(hide = true)]
+    Man {
+        /// The folder; made if it is not there
+        folder: PathBuf,
+    },
     /// A process of the runtime: started by init, not by hand
     #[command(hide = true)]
     Role {
@@ -89,52 +105,112 @@ enum Role {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let mut words: Vec<OsString> = std::env::args_os().collect();
+    if let Some(shell) = std::env::var_os(complete::VARIABLE) {
+        // What the shell has of the line stands behind `--`.
+        let line = words.split_off(words.len().min(2));
+        let written = complete::answer(Cli::command(), &shell, line).and_then(|all| stdout().write_all(&all));
+        return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    // `ω gaia ps`, as it is said.
+    if words.get(1).is_some_and(|first| first == "gaia") {
+        words.remove(1);
+    }
+    let json = words.iter().any(|word| word == "--json");
+    let cli = match Cli::try_parse_from(&words) {
+        Ok(cli) => cli,
+        Err(e) if e.use_stderr() && json => return failed(&misused(&e), true),
+        Err(e) => e.exit(),
+    };
+    let json = cli.json;
+    match done(cli, &words) {
+        Ok(code) => code,
+        Err(e) => failed(&e, json),
+    }
+}
+
+/// Does what was asked for.
+fn done(cli: Cli, words: &[OsString]) -> anyhow::Result<ExitCode> {
+    let json = cli.json;
     let local = || Client::new(cli.api.clone());
-    let client = || cli.on.as_ref().map_or_else(|| Ok(local()), |on| reached(on, cli.accept_key));
-    let outcome = match cli.command {
-        Command::Operate(command) => {
-            client().and_then(|client| operate::run(&command, &client, cli.json, &mut stdout()).map_err(Into::into))
+    let client = || {
+        let client = cli.on.as_ref().map_or_else(|| Ok(local()), |on| reached(on, cli.accept_key));
+        client.map(|client| client.showing(Progress::on_terminal(!json)))
+    };
+    match cli.command {
+        Command::Operate(command) => operate::run(&command, &client()?, json, &mut stdout())?,
+        Command::Deploy(command) => {
+            let client = if command.is_without_appliance() { local() } else { client()? };
+            deploy::run(&command, &client, json, &mut stdout())?;
         }
-        Command::Deploy(command) if command.is_without_appliance() => {
-            deploy::run(&command, &local(), cli.json, &mut stdout())
+        Command::Key => own_key(json)?,
+        Command::Trust { key } => trust(cli.on.as_deref(), key, json)?,
+        Command::Hosts => {
+            let hosts = Folder::from_environment()?.all()?;
+            let text = if json { serde_json::to_string(&hosts)? + "\n" } else { hosts.text() };
+            written(&text)?;
         }
-        Command::Deploy(command) => client().and_then(|client| deploy::run(&command, &client, cli.json, &mut stdout())),
-        Command::Key => own_key(cli.json),
-        Command::Trust { key } => trust(cli.on.as_deref(), key),
-        Command::Check { file, suggest } => return check(&file, suggest, cli.json),
+        Command::Check { file, suggest } => return check(&file, suggest, json),
         Command::Run(options) => {
-            return match run::run(&options) {
-                Ok(code) => code,
-                Err(e) => {
-                    let _ = stderr().write_all(format!("gaia: {e:#}\n").as_bytes());
-                    ExitCode::from(2)
-                }
-            };
+            return run::run(&options, json).map_err(|e| Failure { kind: Kind::Usage, ..Failure::of(&e) }.into());
         }
-        Command::Console => client().and_then(|client| prompt(&client)),
+        Command::Console => prompt(&client()?)?,
+        Command::Completions { shell } => {
+            let program = complete::called(words.first().map_or("gaia".as_ref(), OsString::as_os_str));
+            written(&complete::registration(shell, &program)?)?;
+        }
+        Command::Man { folder } => {
+            let pages = manual::write(Cli::command(), &folder)?;
+            pages.iter().try_for_each(|page| written(&format!("{}\n", page.display())))?;
+        }
         Command::Role { role } => {
             end_on_panic();
             not_to_be_looked_into();
             match role {
-                Role::Control => control::run(),
-                Role::Compile => compile::run(),
-                Role::Worker => worker::run(),
-                Role::Keeper => worker::keeper::run(),
-                Role::Console => sandboxed(&sandbox::console::SANDBOX).and_then(|()| prompt(&local())),
-                Role::Log => sandboxed(&sandbox::log::SANDBOX)
-                    .and_then(|()| operate::show(&local(), &mut stdout()).map_err(Into::into)),
+                Role::Control => control::run()?,
+                Role::Compile => compile::run()?,
+                Role::Worker => worker::run()?,
+                Role::Keeper => worker::keeper::run()?,
+                Role::Console => sandboxed(&sandbox::console::SANDBOX).and_then(|()| prompt(&local()))?,
+                Role::Log => {
+                    sandboxed(&sandbox::log::SANDBOX)?;
+                    operate::show(&local(), std::env::var_os(run::JSON).is_some(), &mut stdout())?;
+                }
             }
         }
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            // In one piece: on the appliance each write is a record of the kernel's log.
-            let _ = stderr().write_all(format!("gaia: {e:#}\n").as_bytes());
-            ExitCode::FAILURE
-        }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says why, and ends with the status that it has.
+fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
+    // Whoever reads has read enough: `gaia ps | head`.
+    let enough = error.chain().any(|cause| match cause.downcast_ref::<client::Error>() {
+        Some(client::Error::Output(e)) => e.kind() == ErrorKind::BrokenPipe,
+        _ => cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe),
+    });
+    if enough {
+        return ExitCode::SUCCESS;
+    }
+    let failure = Failure::of(error);
+    // In one piece: on the appliance each write is a record of the kernel's log.
+    let _ = stderr().write_all(failure.text(json).as_bytes());
+    ExitCode::from(failure.kind.status())
+}
+
+/// What is wrong with a command line.
+fn misused(error: &clap::Error) -> anyhow::Error {
+    let text = error.to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let failure = match text.split_once("\n\n") {
+        Some((error, help)) => Failure::new(Kind::Usage, error.trim()).help(help.trim()),
+        None => Failure::new(Kind::Usage, text.trim()),
+    };
+    failure.into()
+}
+
+fn written(text: &str) -> anyhow::Result<()> {
+    Ok(stdout().write_all(text.as_bytes())?)
 }
 
 /// The appliance at the other end of the network, if it is trusted. Who is at a terminal is asked.
@@ -157,18 +233,28 @@ fn reached(on: &str, accepted: Option<PublicKey>) -> anyhow::Result<Client> {
 
 fn own_key(json: bool) -> anyhow::Result<()> {
     let (key, made) = Folder::from_environment()?.key()?;
+    let key = key.public();
+    if json {
+        return written(&format!("{}\n", serde_json::json!({ "key": key, "made": made })));
+    }
     if let Some(path) = made {
         stderr().write_all(format!("made {}\n", path.display()).as_bytes())?;
     }
-    let key = key.public();
-    let text = if json { format!("{}\n", serde_json::json!({ "key": key })) } else { format!("{key}\n") };
-    Ok(stdout().write_all(text.as_bytes())?)
+    written(&format!("{key}\n"))
 }
 
-fn trust(on: Option<&str>, key: PublicKey) -> anyhow::Result<()> {
+fn trust(on: Option<&str>, key: PublicKey, json: bool) -> anyhow::Result<()> {
+    let on = on.ok_or_else(|| Failure::new(Kind::Usage, "which appliance?").help("gaia --on HOST trust KEY"))?;
     let folder = Folder::from_environment()?;
-    let host = folder.host(on.context("which appliance? gaia --on HOST trust KEY")?)?;
-    folder.trust(&host, key)
+    let host = folder.host(on)?;
+    folder.trust(&host, key)?;
+    let host = host.to_string();
+    let text = if json {
+        serde_json::json!({ "host": host, "key": key }).to_string()
+    } else {
+        format!("✓ {host} is the one with the key {key}")
+    };
+    written(&(text + "\n"))
 }
 
 fn prompt(client: &Client) -> anyhow::Result<()> {
@@ -183,14 +269,8 @@ fn sandboxed(sandbox: &sandbox::Sandbox) -> anyhow::Result<()> {
 }
 
 /// Reviews a manifest: the screen on standard output, what is wrong on standard error, 1 if there are errors.
-fn check(file: &Path, suggest: bool, json: bool) -> ExitCode {
-    let review = match Review::of(file) {
-        Ok(review) => review,
-        Err(e) => {
-            let _ = stderr().write_all(format!("gaia: {e}\n").as_bytes());
-            return ExitCode::from(2);
-        }
-    };
+fn check(file: &Path, suggest: bool, json: bool) -> anyhow::Result<ExitCode> {
+    let review = Review::of(file).map_err(|e| Failure::new(Kind::Usage, e.to_string()))?;
     let info = rustix::system::sysinfo();
     let text = match (json, suggest) {
         (true, _) => review.json(),
@@ -198,8 +278,9 @@ fn check(file: &Path, suggest: bool, json: bool) -> ExitCode {
         (false, false) => review.screen(info.totalram * u64::from(info.mem_unit)),
     };
     let wrong = if json { String::new() } else { review.diagnostics(stderr().is_terminal()) };
-    let written = stderr().write_all(wrong.as_bytes()).and_then(|()| stdout().write_all(text.as_bytes()));
-    if review.errors() > 0 || written.is_err() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    stderr().write_all(wrong.as_bytes())?;
+    written(&text)?;
+    Ok(if review.errors() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// Leaves no memory behind for whoever looks: no core file, whatever the machine makes of such, and nobody else's look into it but
@@ -219,4 +300,23 @@ fn end_on_panic() {
         print(what);
         std::process::abort();
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tree_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_line_that_is_wrong_is_parted_into_what_and_what_to_do() {
+        let wrong = Cli::try_parse_from(["gaia", "dploy", "x"]).unwrap_err();
+        let failure = Failure::of(&misused(&wrong));
+        assert_eq!(failure.kind, Kind::Usage);
+        assert_eq!(failure.error, "unrecognized subcommand 'dploy'");
+        assert!(failure.help.unwrap().contains("'deploy'"));
+    }
 }

@@ -195,10 +195,10 @@ fn logs(client: &Client, query: &Query, json: bool, color: Color, out: &mut dyn 
 ///
 /// # Errors
 /// [`Error`], with what to do about it; [`Error::Output`] if nobody takes what is written.
-pub fn show(client: &Client, out: &mut dyn Write) -> Result<(), Error> {
+pub fn show(client: &Client, json: bool, out: &mut dyn Write) -> Result<(), Error> {
     let (colours, mut written) = (Color::Auto.is_wanted(), Ok(()));
     client.logs(&Query { follow: true, ..Query::default() }, |line| {
-        let line = if colours { line.coloured_text() } else { line.text() } + "\n";
+        let line = text(&line, json, |line| if colours { line.coloured_text() } else { line.text() } + "\n");
         written = out.write_all(line.as_bytes()).and_then(|()| out.flush());
         written.is_ok()
     })?;

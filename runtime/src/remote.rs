@@ -8,7 +8,7 @@
 //! | `hosts.toml`  | short names: `lab = { address = "192.0.2.7", port = 7250 }` |
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv6Addr};
@@ -20,22 +20,27 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use gaia_init::key::PublicKey;
 use gaia_init::settings::CONTROL_PORT;
+use gaia_manifest::Diagnostic;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{AlwaysResolvesClientRawPublicKeys, Resumption};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use toml::Spanned;
 
+use crate::failure::{Failure, Kind};
 use crate::key::{self, Key};
 
 /// Connecting and the handshake must be over within this.
 const WITHIN: Duration = Duration::from_secs(10);
 /// The largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
+/// The file of short names.
+const HOSTS: &str = "hosts.toml";
 
 /// Where an operator's files are.
 #[derive(Debug, Clone)]
@@ -104,7 +109,8 @@ impl Folder {
     pub fn known(&self) -> anyhow::Result<Known> {
         let path = self.path("known_hosts");
         let text = read(&path)?.unwrap_or_default();
-        let lines = parse_known(&text).map_err(|(line, why)| anyhow::anyhow!("{}:{line}: {why}", path.display()))?;
+        let lines = parse_known(&text)
+            .map_err(|(line, why)| Failure::new(Kind::Usage, format!("{}:{line}: {why}", path.display())))?;
         Ok(Known { path, lines })
     }
 
@@ -115,13 +121,12 @@ impl Folder {
     pub fn trust(&self, host: &Host, key: PublicKey) -> anyhow::Result<()> {
         let known = self.known()?;
         if let Some(line) = known.lines.iter().find(|line| line.host == host.to_string()) {
-            ensure!(
-                line.key == key,
-                "{}:{}: {host} is known with the key {}",
-                known.path.display(),
-                line.number,
-                line.key
-            );
+            if line.key != key {
+                let at = format!("{}:{}", known.path.display(), line.number);
+                let error = format!("{at}: {host} is known with the key {}", line.key);
+                let help = "if it was set up anew, and its console shows the other key, remove that line first";
+                return Err(Failure::new(Kind::Untrusted, error).help(help).into());
+            }
             return Ok(());
         }
         self.make()?;
@@ -144,17 +149,106 @@ impl Folder {
     /// # Errors
     /// If it is neither, or the file of short names is wrong.
     pub fn host(&self, text: &str) -> anyhow::Result<Host> {
-        let path = self.path("hosts.toml");
-        if let Some(names) = read(&path)? {
-            let names: BTreeMap<String, Named> = toml::from_str(&names)
-                .map_err(|e| anyhow::anyhow!("{}: {}", path.display(), e.to_string().trim_end()))?;
-            if let Some(named) = names.get(text) {
-                let found = Host::parse(&named.address).with_context(|| format!("{}: {text}", path.display()))?;
-                return Ok(Host { port: named.port.unwrap_or(found.port), ..found });
-            }
+        match self.names()?.remove(text) {
+            Some(named) => Ok(named),
+            None => Ok(Host::parse(text).map_err(|e| {
+                let help = format!("a short name is one in {}: `gaia hosts` lists them", self.path(HOSTS).display());
+                Failure::new(Kind::Usage, e.to_string()).help(help)
+            })?),
         }
-        Host::parse(text)
     }
+
+    /// The short names.
+    ///
+    /// # Errors
+    /// All that is wrong with their file, each with its line and column.
+    pub fn names(&self) -> anyhow::Result<BTreeMap<String, Host>> {
+        let path = self.path(HOSTS);
+        let Some(text) = read(&path)? else { return Ok(BTreeMap::new()) };
+        parse_names(&text).map_err(|wrong| {
+            let file = path.display().to_string();
+            let all: Vec<String> = wrong.iter().map(|one| one.render(&file, &text, false)).collect();
+            Failure::new(Kind::Usage, format!("{file} is wrong:\n{}", all.join("\n"))).into()
+        })
+    }
+
+    /// All appliances that have a short name or were trusted.
+    ///
+    /// # Errors
+    /// If one of the two files is wrong.
+    pub fn all(&self) -> anyhow::Result<Hosts> {
+        let known = self.known()?.lines;
+        let key = |address: &str| known.iter().find(|line| line.host == address).map(|line| line.key);
+        let named = self.names()?.into_iter().map(|(name, host)| {
+            let address = host.to_string();
+            HostEntry { name: Some(name), key: key(&address), address }
+        });
+        let mut hosts: Vec<_> = named.collect();
+        let others = known.iter().filter(|line| hosts.iter().all(|host| host.address != line.host));
+        let other = |line: &KnownLine| HostEntry { name: None, address: line.host.clone(), key: Some(line.key) };
+        let others: Vec<_> = others.map(other).collect();
+        hosts.extend(others);
+        Ok(Hosts { hosts })
+    }
+
+    /// An appliance that was trusted, if this operator has a key: found without a word over the network, and nothing is made for it.
+    #[must_use]
+    pub fn trusted(&self, text: &str) -> Option<Remote> {
+        let host = self.host(text).ok()?;
+        let pinned = self.known().ok()?.lines.into_iter().find(|line| line.host == host.to_string())?.key;
+        Some(Remote { host, own: read_key(&self.path("key")).ok()??, pinned })
+    }
+}
+
+/// `gaia hosts`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Hosts {
+    /// Those with a short name first.
+    pub hosts: Vec<HostEntry>,
+}
+
+/// An appliance that an operator's files name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HostEntry {
+    /// Its short name, if it has one.
+    pub name: Option<String>,
+    /// `HOST:PORT`
+    pub address: String,
+    /// The key that it has to show; none, if it was not trusted yet.
+    pub key: Option<PublicKey>,
+}
+
+impl Hosts {
+    /// As a person reads them.
+    #[must_use]
+    pub fn text(&self) -> String {
+        if self.hosts.is_empty() {
+            return "no appliance is known yet: gaia --on HOST status, or a short name in hosts.toml\n".to_owned();
+        }
+        let mut out = format!("{:<16} {:<32} {}\n", "NAME", "ADDRESS", "KEY");
+        for host in &self.hosts {
+            let key = host.key.map_or_else(|| "not trusted yet".to_owned(), |key| key.to_string());
+            let _ = writeln!(out, "{:<16} {:<32} {key}", host.name.as_deref().unwrap_or("-"), host.address);
+        }
+        out
+    }
+}
+
+/// Reads short names: `lab = { address = "192.0.2.7", port = 7250 }`. All that is wrong comes at once.
+fn parse_names(text: &str) -> Result<BTreeMap<String, Host>, Vec<Diagnostic>> {
+    let form = "NAME = { address = \"HOST\" }, or with port = 7250";
+    let names: BTreeMap<String, Named> = toml::from_str(text).map_err(|e| {
+        let span = e.span().filter(|span| text.get(span.clone()).is_some()).unwrap_or(0..0);
+        vec![Diagnostic::error(span, e.message(), "here").help(form)]
+    })?;
+    let (mut hosts, mut wrong) = (BTreeMap::new(), Vec::new());
+    for (name, Named { address, port }) in names {
+        match Host::parse(address.get_ref()) {
+            Ok(host) => drop(hosts.insert(name, Host { port: port.map_or(host.port, Port::get), ..host })),
+            Err(e) => wrong.push(Diagnostic::error(address.span(), e.to_string(), "this address").help(form)),
+        }
+    }
+    if wrong.is_empty() { Ok(hosts) } else { Err(wrong) }
 }
 
 fn read(path: &Path) -> anyhow::Result<Option<String>> {
@@ -177,9 +271,11 @@ fn read_key(path: &Path) -> anyhow::Result<Option<Key>> {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Named {
-    address: String,
-    port: Option<u16>,
+    address: Spanned<String>,
+    port: Option<Port>,
 }
+
+type Port = std::num::NonZeroU16;
 
 /// Where an appliance's control is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -268,15 +364,10 @@ fn parse_known(text: &str) -> Result<Vec<KnownLine>, (usize, String)> {
 }
 
 /// Why an appliance cannot be trusted.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum Untrusted {
     /// It shows another key than before.
-    #[error(
-        "the key of {host} has changed: it shows {shown}, and {file}:{line} says {known}\nSomebody may stand between you and it. If it was \
-         set up anew, hold the new key against the one on its console, and remove that line",
-        file = .file.display()
-    )]
     Changed {
         /// Which appliance.
         host: Host,
@@ -290,10 +381,6 @@ pub enum Untrusted {
         known: PublicKey,
     },
     /// Nobody has said yet that it is the one it says it is.
-    #[error(
-        "{host} is not known, and shows the key {shown}\nHold it against the one on its console. If it is the same: gaia --on {host} trust \
-         {shown}"
-    )]
     Unknown {
         /// Which appliance.
         host: Host,
@@ -301,7 +388,6 @@ pub enum Untrusted {
         shown: PublicKey,
     },
     /// It shows another key than the one that would be taken.
-    #[error("{host} shows the key {shown}, and not {wanted}")]
     Another {
         /// Which appliance.
         host: Host,
@@ -311,6 +397,38 @@ pub enum Untrusted {
         wanted: PublicKey,
     },
 }
+
+impl Untrusted {
+    /// What it is about, and what to do.
+    #[must_use]
+    pub fn failure(&self) -> Failure {
+        let (error, help) = match self {
+            Self::Changed { host, shown, file, line, known } => (
+                format!("the key of {host} has changed: it shows {shown}, and {}:{line} says {known}", file.display()),
+                "somebody may stand between you and it. If it was set up anew, hold the new key against the one on its console, and remove \
+                 that line"
+                    .to_owned(),
+            ),
+            Self::Unknown { host, shown } => (
+                format!("{host} is not known, and shows the key {shown}"),
+                format!("hold it against the one on its console. If it is the same: gaia --on {host} trust {shown}"),
+            ),
+            Self::Another { host, shown, wanted } => (
+                format!("{host} shows the key {shown}, and not {wanted}"),
+                "it is another appliance than you think, or one stands between you and it: its console shows its key".to_owned(),
+            ),
+        };
+        Failure::new(Kind::Untrusted, error).help(help)
+    }
+}
+
+impl fmt::Display for Untrusted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.failure().fmt(f)
+    }
+}
+
+impl std::error::Error for Untrusted {}
 
 /// An appliance over the network that is trusted, and who asks it.
 #[derive(Debug, Clone)]
@@ -336,7 +454,9 @@ impl Remote {
         if let Some(line) = known.lines.iter().find(|line| line.host == host.to_string()) {
             if let Some(shown) = accepted.filter(|accepted| *accepted != line.key) {
                 let at = format!("{}:{}", known.path.display(), line.number);
-                bail!("{host} is known with the key {}, and would be taken with {shown}: {at}", line.key);
+                let error = format!("{host} is known with the key {}, and would be taken with {shown}: {at}", line.key);
+                let help = "leave --accept-key away, or remove that line if its console shows the other key";
+                return Err(Failure::new(Kind::Untrusted, error).help(help).into());
             }
             // Whether it still shows it is seen with each connection.
             return Ok(Self { host, own, pinned: line.key });
@@ -377,7 +497,7 @@ impl Remote {
 
     /// What to do, if this is how a conversation broke off with one who is no operator.
     #[must_use]
-    pub fn explained(&self, error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    pub fn explained(&self, error: &(dyn std::error::Error + 'static)) -> Option<Failure> {
         let alert = alert_in(error)?;
         let (host, key) = (&self.host, self.own.public());
         match alert {
@@ -385,12 +505,13 @@ impl Remote {
                 let usual = |c: &char| c.is_ascii_alphanumeric() || ".-_".contains(*c);
                 let name: String = std::env::var("USER").unwrap_or_default().chars().filter(usual).take(32).collect();
                 let name = if name.is_empty() { "me" } else { &name };
-                Some(format!(
-                    "{host} does not list your key as an operator's. To be one, add it to the appliance's gaia.toml:\n\n[operators]\n{name} \
-                     = \"{key}\"\n"
-                ))
+                let error = format!("{host} does not list your key as an operator's");
+                let help = format!(
+                    "to be one, add it to the appliance's gaia.toml, and start it again:\n\n[operators]\n{name} = \"{key}\"\n"
+                );
+                Some(Failure::new(Kind::Untrusted, error).help(help))
             }
-            alert => Some(format!("{host} ended the conversation: {alert:?}")),
+            alert => Some(Failure::new(Kind::Failed, format!("{host} ended the conversation: {alert:?}"))),
         }
     }
 }
@@ -421,7 +542,7 @@ async fn shown_by(host: &Host) -> anyhow::Result<PublicKey> {
     match (shown.get(), dialled) {
         (Some(shown), _) => Ok(*shown),
         (None, Err(e)) => Err(e),
-        (None, Ok(_)) => bail!("{host} shows no key"),
+        (None, Ok(_)) => Err(unreachable(format!("{host} shows no key")).into()),
     }
 }
 
@@ -441,16 +562,45 @@ fn prepare(config: &mut ClientConfig) {
 
 async fn dial(host: &Host, config: ClientConfig) -> anyhow::Result<TlsStream<TcpStream>> {
     let dialling = async {
-        let stream = TcpStream::connect((host.name.as_str(), host.port)).await;
-        let stream =
-            stream.with_context(|| format!("{host}; is the appliance up, and does its gaia.toml list operators?"))?;
+        let addresses = tokio::net::lookup_host((host.name.as_str(), host.port)).await.map_err(|e| {
+            let help = "is it spelt right? `gaia hosts` lists the short names; HOST may be an address, too";
+            unreachable(format!("no address is found for {:?}: {e}", host.name)).help(help)
+        })?;
+        let addresses: Vec<_> = addresses.collect();
+        let stream = TcpStream::connect(addresses.as_slice()).await.map_err(|e| not_connected(host, &e))?;
         let _ = stream.set_nodelay(true);
         // The name stands for nothing: the key is who it is.
         let name = ServerName::try_from("appliance")?;
         let connecting = TlsConnector::from(Arc::new(config)).connect(name, stream).await;
-        connecting.with_context(|| format!("{host} does not speak as an appliance's control does"))
+        connecting.map_err(|e| {
+            let help = "what answers there is no appliance's control: it is on port 7250, or on the one that `control.port` in gaia.toml says";
+            anyhow::Error::from(unreachable(format!("{host} does not speak as an appliance does: {e}")).help(help))
+        })
     };
-    timeout(WITHIN, dialling).await.with_context(|| format!("{host} does not answer within {} s", WITHIN.as_secs()))?
+    let slow = || {
+        let help = "is the appliance up, and is this its address? A packet filter in between may be silent, too";
+        unreachable(format!("{host} does not answer within {} s", WITHIN.as_secs())).help(help)
+    };
+    timeout(WITHIN, dialling).await.map_err(|_| slow())?
+}
+
+fn unreachable(error: String) -> Failure {
+    Failure::new(Kind::Unreachable, error)
+}
+
+fn not_connected(host: &Host, error: &std::io::Error) -> Failure {
+    let (what, help) = match error.kind() {
+        ErrorKind::ConnectionRefused => (
+            format!("nobody listens on {host}"),
+            "is the appliance up? Its port for operators is closed unless its gaia.toml lists one under [operators], and is 7250 unless \
+             control.port says another",
+        ),
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
+            (format!("there is no way to {host}: {error}"), "is the appliance up, and is this its address?")
+        }
+        _ => (format!("{host}: {error}"), "is the appliance up?"),
+    };
+    unreachable(what).help(help)
 }
 
 /// Takes the key that is pinned, or none, and remembers what was shown.
@@ -580,7 +730,52 @@ mod tests {
         assert_eq!(host("else:8"), "else:8");
         std::fs::write(folder.path("hosts.toml"), "lab = { adress = \"192.0.2.7\" }\n").unwrap();
         let error = folder.host("lab").unwrap_err().to_string();
-        assert!(error.contains("hosts.toml") && error.contains("line 1") && error.contains("adress"), "{error}");
+        assert!(error.contains("hosts.toml:1:9") && error.contains("adress"), "{error}");
+        std::fs::write(
+            folder.path("hosts.toml"),
+            "# mine\nlab = { address = \"a b\" }\nb = { address = \"c\", port = 1 }\nc = { address = \"\" }\n",
+        )
+        .unwrap();
+        let error = folder.host("b").unwrap_err().to_string();
+        assert!(error.contains("hosts.toml:2:19") && error.contains("hosts.toml:4:17"), "{error}");
+        std::fs::write(folder.path("hosts.toml"), "lab = { address = \"a\", port = 0 }\n").unwrap();
+        assert!(folder.host("lab").unwrap_err().to_string().contains("hosts.toml:1:31"));
+    }
+
+    #[test]
+    fn all_that_an_operators_files_name_is_listed_once() {
+        let (_kept, folder) = folder();
+        assert!(folder.all().unwrap().text().starts_with("no appliance is known yet"));
+        folder.make().unwrap();
+        std::fs::write(folder.path("hosts.toml"), "lab = { address = \"LAB\" }\nattic = { address = \"::1\" }\n")
+            .unwrap();
+        let (one, other) = (Key::make().unwrap().public(), Key::make().unwrap().public());
+        folder.trust(&Host::parse("lab").unwrap(), one).unwrap();
+        folder.trust(&Host::parse("192.0.2.7:9").unwrap(), other).unwrap();
+        let entry = |name: Option<&str>, address: &str, key| HostEntry {
+            name: name.map(str::to_owned),
+            address: address.into(),
+            key,
+        };
+        let all = folder.all().unwrap();
+        assert_eq!(
+            all.hosts,
+            [
+                entry(Some("attic"), "[::1]:7250", None),
+                entry(Some("lab"), "lab:7250", Some(one)),
+                entry(None, "192.0.2.7:9", Some(other))
+            ]
+        );
+        assert!(
+            all.text().contains("attic            [::1]:7250                       not trusted yet\n"),
+            "{}",
+            all.text()
+        );
+        assert!(folder.trusted("lab").is_none(), "there is no key to show, and none is made");
+        assert!(!folder.path("key").exists());
+        folder.key().unwrap();
+        assert_eq!(folder.trusted("lab").unwrap().pinned, one);
+        assert!(folder.trusted("attic").is_none());
     }
 
     #[test]
@@ -620,6 +815,36 @@ mod tests {
         fn a_host_is_read_as_it_is_written(text in "\\PC{0,40}|[a-z0-9.-]{1,20}(:[0-9]{1,6})?|\\[[0-9a-f:]{2,20}\\](:[0-9]{1,6})?") {
             if let Ok(host) = Host::parse(&text) {
                 prop_assert_eq!(Host::parse(&host.to_string()).unwrap(), host);
+            }
+        }
+
+        #[test]
+        fn short_names_are_read_as_they_are_written(
+            all in proptest::collection::btree_map("[a-z][a-z0-9-]{0,8}", ("[a-z0-9]{1,12}|[0-9a-f]{1,4}::[0-9a-f]{1,4}", proptest::option::of(1..=u16::MAX)), 0..8)
+        ) {
+            let line = |(name, (address, port)): (&String, &(String, Option<u16>))| {
+                let port = port.map(|port| format!(", port = {port}")).unwrap_or_default();
+                format!("{name} = {{ address = \"{address}\"{port} }}\n")
+            };
+            let text: String = all.iter().map(line).collect();
+            let wanted = all.iter().map(|(name, (address, port))| {
+                let host = Host::parse(address).unwrap();
+                (name.clone(), Host { port: port.unwrap_or(host.port), ..host })
+            });
+            prop_assert_eq!(parse_names(&text).unwrap(), wanted.collect::<BTreeMap<_, _>>());
+        }
+
+        #[test]
+        fn any_text_is_short_names_or_is_told_where_not(
+            text in "(\\PC{0,30}\n|[a-z]{1,3} = \\{ address = \"\\PC{0,9}\"(, port = -?[0-9]{1,6})? \\}\r?\n){0,5}"
+        ) {
+            if let Err(wrong) = parse_names(&text) {
+                prop_assert!(!wrong.is_empty());
+                for one in wrong {
+                    let (line, column) = one.line_and_column(&text);
+                    prop_assert!(line <= text.matches('\n').count() + 1 && column > 0);
+                    prop_assert!(one.render("hosts.toml", &text, false).contains("hosts.toml:"));
+                }
             }
         }
 

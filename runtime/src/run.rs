@@ -14,6 +14,7 @@
 //! the appliance, unless somebody who measures wants to know what they cost. It opens one socket for
 //! `gaia status`, `ps` and `logs`, in a folder of its own that nobody else may enter, and removes it at the end.
 
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::fs::{DirBuilder, File};
 use std::io;
@@ -40,13 +41,17 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::Resource;
 
+use crate::failure::{Failure, Kind as Failing};
 use crate::log::text::clock;
+use crate::progress::Progress;
 use crate::registries;
 
 /// The port of name servers.
 const DNS: u16 = 53;
 /// Where this machine has its own.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// The variable in which the log's process is told to write JSON.
+pub const JSON: &str = "GAIA_JSON";
 
 /// A limit for core files that stops those that are piped to a program, too, to which 0 means nothing: the kernel takes 1 for
 /// its own sign not to (Linux 6.12, fs/coredump.c, `do_coredump`), and no file is as short as that. There may be secrets in a core.
@@ -150,7 +155,7 @@ fn name_servers(resolv_conf: &str) -> Vec<SocketAddr> {
 ///
 /// # Errors
 /// If the manifest cannot be read, an address is taken, or the system refuses what is needed.
-pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
+pub fn run(options: &Options, json: bool) -> anyhow::Result<ExitCode> {
     let folder = options.file.as_ref().map(|file| {
         File::open(file).with_context(|| format!("{}", file.display()))?;
         let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -173,6 +178,8 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let registries = registries(options)?;
     let mut launcher = Launcher::new(options, folder.map(OwnedFd::from), data.map(OwnedFd::from), &own, cores.clone())?;
     launcher.registries = (!registries.is_empty()).then(|| registries.sealed()).transpose()?;
+    launcher.json = json;
+    launcher.progress = Progress::on_terminal(!json);
     let mut missing = vec!["users of their own", "cgroups"];
     if options.without_sandbox {
         anyhow::ensure!(
@@ -212,7 +219,10 @@ fn listen(addresses: &[(Protocol, SocketAddr)], cores: &Cores) -> anyhow::Result
         anyhow::ensure!(!addresses[..at].iter().any(|(_, other)| other == address), "{address} is named twice");
         // The sockets themselves share their port with each other, so they would share it with a stranger's as well.
         let free = TcpListener::bind(address);
-        free.with_context(|| format!("{address} cannot be had; another one: --listen 127.0.0.1:8081"))?;
+        free.map_err(|e| {
+            let help = "somebody else listens there? Another one: --listen 127.0.0.1:8081, or --listen 127.0.0.1:0 for any that is free";
+            Failure::new(Failing::Usage, format!("{address} cannot be had: {e}")).help(help)
+        })?;
     }
     let opened = listeners::open(addresses, &cores.workers);
     match opened.errors.into_iter().next() {
@@ -274,6 +284,11 @@ struct Launcher {
     cores: Cores,
     /// What waits for standard error.
     lines: Lines,
+    json: bool,
+    /// How far the start is, until the first generation serves.
+    progress: Progress,
+    /// Compilers that were started before that, and whether workers were.
+    begun: Cell<(usize, bool)>,
     error: OwnedFd,
     output: OwnedFd,
 }
@@ -314,9 +329,29 @@ impl Launcher {
             socket: own.socket().to_string_lossy().into_owned(),
             null: File::options().read(true).write(true).open("/dev/null")?.into(),
             lines: Lines::default(),
+            json: false,
+            progress: Progress::default(),
+            begun: Cell::default(),
             error: io::stderr().as_fd().try_clone_to_owned()?,
             output: io::stdout().as_fd().try_clone_to_owned()?,
         })
+    }
+
+    /// A process is about to be started: that is how far it is.
+    fn starts(&self, kind: Kind) {
+        let (compilers, _) = self.begun.get();
+        match kind {
+            Kind::Compile => {
+                self.begun.set((compilers + 1, false));
+                self.progress.doing(&format!("compiling, component {}", compilers + 1));
+            }
+            Kind::Worker => {
+                self.begun.set((compilers, true));
+                self.progress.doing("starting the workers");
+            }
+            _ => {}
+        }
+        self.progress.draw();
     }
 
     /// Shows what is left, for at most a second.
@@ -333,11 +368,20 @@ impl Launcher {
 impl Machine for Launcher {
     fn say(&mut self, line: &str) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        if self.json {
+            return self.relay(line);
+        }
         self.relay(&format!("Ω {} gaia {line}", clock(now)));
     }
 
     fn relay(&mut self, line: &str) {
-        self.lines.push(format!("{line}\n"));
+        self.progress.clear();
+        if self.begun.get().1 {
+            // The log may write to this terminal from here on, and nobody else's line survives that.
+            self.progress = Progress::default();
+        }
+        let line = if self.json { serde_json::json!({ "said": line }).to_string() } else { line.to_owned() };
+        self.lines.push(line + "\n");
         self.show();
     }
 
@@ -365,6 +409,7 @@ impl Machine for Launcher {
     }
 
     fn confinement(&self, role: &Role, number: Option<usize>) -> Confinement<'_> {
+        self.starts(role.kind);
         let most = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
         let mut limits = vec![(Resource::Nofile, role.max_files.min(most)), (Resource::Core, NO_CORE)];
         limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
@@ -413,7 +458,10 @@ impl Machine for Launcher {
                 all
             }
             Kind::Worker | Kind::Keeper => vec![("GAIA_MEMORY".into(), self.memory.to_string())],
-            Kind::Log => vec![("GAIA_API".into(), self.socket.clone())],
+            Kind::Log => {
+                let json = self.json.then(|| (JSON.into(), "1".into()));
+                [("GAIA_API".into(), self.socket.clone())].into_iter().chain(json).collect()
+            }
             _ => Vec::new(),
         }
     }
@@ -422,7 +470,9 @@ impl Machine for Launcher {
         self.demand
     }
 
-    fn pet(&mut self) {}
+    fn pet(&mut self) {
+        self.progress.draw();
+    }
 }
 
 /// As control reads them.

@@ -726,7 +726,7 @@ fn a_deploy_that_fails_changes_nothing_and_says_where() {
     // Nobody is there to be asked.
     for arguments in [&["deploy", &file][..], &["--json", "deploy", &file]] {
         let (status, _, error) = run.gaia(arguments).unwrap();
-        assert_eq!(status.code(), Some(1));
+        assert_eq!(status.code(), Some(5));
         assert!(
             error.contains("ends the state of counter.001: its limits change") && error.contains("--yes"),
             "{error}"

@@ -5,6 +5,7 @@
 
 mod boot;
 mod capabilities;
+mod command;
 mod costs;
 mod density;
 mod deploy;

@@ -46,6 +46,7 @@ use super::log::{self, Place, Query};
 use super::remote::Visit;
 use super::report::{self, Done, Failed, Ps, Status};
 use super::{Control, Runs, secrets};
+use crate::client::SERVER;
 use crate::statistics;
 
 /// Conversations at a time.
@@ -109,7 +110,12 @@ pub(super) async fn converse(
                 answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 return Ok(answer);
             }
-            audited(control, caller, request).await
+            let mut answer = audited(control, caller, request).await;
+            if let Ok(answer) = &mut answer {
+                // So that one of another version knows why it does not understand.
+                answer.headers_mut().insert(header::SERVER, HeaderValue::from_static(SERVER));
+            }
+            answer
         }
     });
     let connection = hyper::server::conn::http1::Builder::new()

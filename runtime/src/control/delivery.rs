@@ -28,7 +28,7 @@ use super::api::{Answer, Outcome, failed, json};
 use super::caller::Caller;
 use super::deploy::{self, Asked, Planned};
 use super::pull::Reach;
-use super::report::{Deploy, Deployed, Done, GraphEntry, Graphs, PlanReport, Pushed, Rollback, Step};
+use super::report::{Deploy, Deployed, Done, GraphEntry, Graphs, PlanReport, Pushed, Reason, Rollback, Step};
 use super::vault::Vault;
 use super::{Control, change};
 use crate::plan;
@@ -182,7 +182,7 @@ pub(super) async fn rollback(control: Rc<Control>, caller: Rc<Caller>, request: 
         Err(answer) => return *answer,
     };
     told(Rc::clone(&control), caller, "rollback".to_owned(), async move |caller: &Caller, tell: &Tell| {
-        let _changing = control.changing.try_lock().context(BUSY)?;
+        let _changing = control.changing.try_lock().map_err(|_| Unchanged::busy())?;
         let began = Instant::now();
         let (from, to) = before_current(&control)?;
         tell.doing(&format!("planning graph {}, which served before graph {from}", to.number));
@@ -195,7 +195,31 @@ pub(super) async fn rollback(control: Rc<Control>, caller: Rc<Caller>, request: 
     })
 }
 
-pub(super) const BUSY: &str = "somebody else is changing what serves just now: try again when that is done";
+/// What stands in the way of a change that is right in itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub(super) struct Unchanged {
+    reason: Reason,
+    error: String,
+}
+
+impl Unchanged {
+    fn new(reason: Reason, error: impl Into<String>) -> Self {
+        Self { reason, error: error.into() }
+    }
+
+    pub(super) fn busy() -> Self {
+        Self::new(Reason::Busy, "somebody else is changing what serves just now")
+    }
+}
+
+/// The last step of a change that failed.
+fn failure(error: &anyhow::Error) -> Step {
+    match error.downcast_ref::<Unchanged>() {
+        Some(Unchanged { reason, error }) => Step::Unchanged { reason: *reason, error: error.clone() },
+        None => Step::Failed(format!("{error:#}")),
+    }
+}
 
 /// Tells whoever asked how far it is.
 pub(super) struct Tell(UnboundedSender<Step>);
@@ -218,7 +242,7 @@ pub(super) fn told(
     let (sender, steps) = unbounded_channel();
     tokio::task::spawn_local(async move {
         let tell = Tell(sender);
-        let last = work(&caller, &tell).await.unwrap_or_else(|e| Step::Failed(format!("{e:#}")));
+        let last = work(&caller, &tell).await.unwrap_or_else(|e| failure(&e));
         if !change.is_empty() {
             let outcome = match &last {
                 Step::Done(done) => format!("graph {} serves as generation {}", done.graph, done.generation),
@@ -226,7 +250,9 @@ pub(super) fn told(
                     || "done".to_owned(),
                     |generation| format!("generation {generation} serves with that"),
                 ),
-                Step::Failed(why) => why.lines().next().unwrap_or_default().to_owned(),
+                Step::Failed(why) | Step::Unchanged { error: why, .. } => {
+                    why.lines().next().unwrap_or_default().to_owned()
+                }
                 Step::Doing(_) | Step::Plan(_) => String::new(),
             };
             control.audit(&caller, &change, &outcome).await;
@@ -273,7 +299,7 @@ async fn deployed(
 ) -> anyhow::Result<Step> {
     let began = Instant::now();
     let vault = control.vault.as_ref().context(NO_STORE)?;
-    let _changing = if swap { Some(control.changing.try_lock().context(BUSY)?) } else { None };
+    let _changing = if swap { Some(control.changing.try_lock().map_err(|_| Unchanged::busy())?) } else { None };
     for (image, digest) in &asked.images {
         anyhow::ensure!(vault.store().has(digest), "{image}: {digest} is not in the store: push it first");
         vault.came(*digest);
@@ -288,7 +314,8 @@ async fn deployed(
         return Ok(Step::Plan(Box::new(plan)));
     }
     if asked.plan.as_ref().is_some_and(|agreed| *agreed != plan.id) {
-        anyhow::bail!("what would change is not what was shown any more: look at the plan again");
+        let error = "what would change is not what was shown any more";
+        return Err(Unchanged::new(Reason::NotShown, error).into());
     }
     agree(&plan, asked.ends_states)?;
     let at_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
@@ -336,12 +363,11 @@ fn report(control: &Control, planned: &Planned, began: Instant) -> PlanReport {
 /// # Errors
 /// That it would end states which nobody has given up.
 pub(super) fn agree(plan: &PlanReport, ends_states: bool) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        plan.ends.is_empty() || ends_states,
-        "it {}; that has to be agreed to: --yes",
-        plan.ends.join("; it ")
-    );
-    Ok(())
+    if plan.ends.is_empty() || ends_states {
+        return Ok(());
+    }
+    let error = format!("it {}; that has to be agreed to: --yes", plan.ends.join("; it "));
+    Err(Unchanged::new(Reason::NotAgreed, error).into())
 }
 
 /// Has a graph of the history serve, and makes it the current one.

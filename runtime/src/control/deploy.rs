@@ -701,6 +701,7 @@ async fn compile_all(control: &Control, asked: &Asked<'_>, manifest: &Manifest, 
     let all = manifest.branes.iter().map(|b| ((b.image.value.to_string(), reservation(b, workers)), b));
     let all: BTreeMap<(String, u64), &Brane> = all.filter(|((image, _), _)| places.contains_key(image)).collect();
     let mut compiled = HashMap::with_capacity(all.len());
+    let (images, mut done) = (all.len(), 0);
     let mut working = futures_util::stream::iter(all)
         .map(async |((image, reservation), brane)| {
             let place = places.get(&image).cloned();
@@ -709,6 +710,8 @@ async fn compile_all(control: &Control, asked: &Asked<'_>, manifest: &Manifest, 
         })
         .buffer_unordered(MAX_COMPILERS);
     while let Some((of, brane, outcome)) = working.next().await {
+        done += 1;
+        asked.told(&format!("compiling: {done} of {images} components are ready"));
         match outcome {
             Ok((artefact, is_fresh)) => {
                 fresh += usize::from(is_fresh);

@@ -238,6 +238,28 @@ pub enum Step {
     Secret(SecretChanged),
     /// It is not, and nothing has changed; why, and what to do.
     Failed(String),
+    /// It is not, and would be if it were asked for in another way or at another time.
+    Unchanged {
+        /// What stands in the way.
+        reason: Reason,
+        /// As a person reads it.
+        error: String,
+    },
+}
+
+/// What stands in the way of a change that is right in itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// It has to be agreed to.
+    NotAgreed,
+    /// What would change is not what was shown.
+    NotShown,
+    /// Somebody else is changing what serves.
+    Busy,
+    /// One that a later version knows.
+    #[serde(other)]
+    Other,
 }
 
 /// What a deploy or a way back has come to: the whole answer of `gaia deploy --json` and `gaia rollback --json`, and a

@@ -28,7 +28,7 @@ use zeroize::Zeroizing;
 
 use super::api::{Answer, failed, json};
 use super::caller::Caller;
-use super::delivery::{self, BUSY, NO_STORE, Tell, agree, millis};
+use super::delivery::{self, NO_STORE, Tell, Unchanged, agree, millis};
 use super::deploy::{self, Planned};
 use super::report::{RemoveSecret, SecretChanged, SecretEntry, SecretState, Secrets as Listed, SetSecret, Step};
 use super::{Control, change};
@@ -282,7 +282,7 @@ async fn changed(control: &Rc<Control>, caller: &Caller, wanted: Wanted, tell: &
     let began = Instant::now();
     let Wanted { brane, name, value, force, ends_states } = wanted;
     let vault = control.vault.as_ref().context(NO_STORE)?;
-    let _changing = control.changing.try_lock().context(BUSY)?;
+    let _changing = control.changing.try_lock().map_err(|_| Unchanged::busy())?;
     let place = record_of(&brane, &name);
     let of = place.clone();
     let before = vault.with(move |store| store.record(&of)).await?;

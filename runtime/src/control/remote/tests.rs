@@ -153,7 +153,7 @@ fn an_operator_comes_in_by_name_and_a_stranger_is_told_what_to_do() {
             let mut stream = operating.connect(&folder).await.unwrap();
             stream.write_all(&[b'x'; 9000]).await.unwrap();
             let error = stream.read_u8().await.unwrap_err();
-            operating.explained(&error).unwrap()
+            operating.explained(&error).unwrap().to_string()
         };
         let (met, told) = tokio::join!(admitted(&remote, &listener), asking);
         let refused = met.map(drop).unwrap_err();
