@@ -100,8 +100,11 @@ impl Line {
         }
         let mut text = format!("· {}", self.words);
         if let Some((gone, of)) = self.bytes.filter(|(_, of)| *of > 0) {
-            let mib = |bytes: u64| format!("{}.{}", bytes >> 20, ((bytes & 0xf_ffff) * 10) >> 20);
-            let _ = write!(text, "  {} of {} MiB, {} %", mib(gone), mib(of), gone * 100 / of);
+            let percent = gone * 100 / of;
+            let _ = match of >> 20 {
+                0 => write!(text, "  {} of {} KiB, {percent} %", gone >> 10, of >> 10),
+                _ => write!(text, "  {} of {} MiB, {percent} %", tenths(gone), tenths(of)),
+            };
         }
         // The last column is left free: some terminals go on in the next line when it is taken.
         let text: String = text.chars().filter(|c| !c.is_control()).take(width.min(WIDEST).saturating_sub(1)).collect();
@@ -119,6 +122,11 @@ impl Drop for Line {
             let _ = stderr().write_all(GONE.as_bytes());
         }
     }
+}
+
+/// Bytes in MiB, with one digit behind the point.
+fn tenths(bytes: u64) -> String {
+    format!("{}.{}", bytes >> 20, ((bytes & 0xf_ffff) * 10) >> 20)
 }
 
 /// The terminal's columns.
@@ -144,6 +152,8 @@ mod tests {
         assert_eq!(line.drawn(since + 2 * AFTER, 80), None);
         line.bytes = Some((3 << 19, 3 << 20));
         assert_eq!(line.drawn(since + 2 * AFTER, 80).unwrap(), "\r\x1b[K· sending a.wasm  1.5 of 3.0 MiB, 50 %");
+        line.bytes = Some((2 << 10, 5 << 10));
+        assert_eq!(line.drawn(since + 2 * AFTER, 80).unwrap(), "\r\x1b[K· sending a.wasm  2 of 5 KiB, 40 %");
         line.drawn.clear();
     }
 

@@ -327,12 +327,18 @@ impl Drop for Stop<'_> {
     }
 }
 
+/// What a failure in JSON says.
+fn why(error: &str) -> String {
+    let failure: Value = serde_json::from_str(error).unwrap_or_else(|e| panic!("{e}: {error}"));
+    failure["error"].as_str().unwrap().to_owned()
+}
+
 /// Deploys a manifest that lies in the folder. What it came to, or what it said.
 fn deploy(run: &Run, file: &str) -> Result<Value, String> {
     let (status, output, error) = run.gaia(&["--json", "deploy", file, "--yes"]).unwrap();
     if !status.success() {
-        assert_eq!((status.code(), output.as_str()), (Some(1), ""), "{error}");
-        return Err(error);
+        assert_eq!(output, "", "{error}");
+        return Err(why(&error));
     }
     Ok(serde_json::from_str(&output).unwrap())
 }
@@ -698,6 +704,7 @@ fn a_deploy_that_fails_changes_nothing_and_says_where() {
         for dry in [&["--json", "deploy", "bad.toml", "--yes"][..], &["deploy", "bad.toml", "--dry-run"]] {
             let (status, output, error) = run.gaia(dry).unwrap();
             assert_eq!((status.code(), output.as_str()), (Some(1), ""), "{manifest}: {error}");
+            let error = if dry[0] == "--json" { why(&error) } else { error };
             for words in words {
                 assert!(error.contains(words), "{manifest}\nshould say {words}, and says {error}");
             }
