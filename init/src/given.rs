@@ -86,6 +86,12 @@ pub struct Core {
     pub ticks: u64,
     /// Calls from other cores since the boot: to schedule, to run a function, to flush addresses (`RES`, `CAL`, `TLB`).
     pub calls: u64,
+    /// Hundredths of a second since the boot that it worked, and that it did not, as the kernel counts them.
+    #[serde(default)]
+    pub busy: u64,
+    /// The others.
+    #[serde(default)]
+    pub idle: u64,
     /// Interrupts of devices that may fire there, or have since the boot.
     pub interrupts: Vec<Interrupt>,
 }
@@ -137,7 +143,9 @@ impl Given {
     ) -> Self {
         let groups: Vec<(usize, Option<String>)> = cores.workers.iter().map(|core| (*core, group_of(*core))).collect();
         let interrupts = Interrupts::read(kernel);
+        let times = kernel.read("/proc/stat").unwrap_or_default();
         let core = |(core, group): &(usize, Option<String>)| {
+            let (busy, idle) = times_of(&times, *core);
             let of_group = |file: &str| group.as_ref().and_then(|group| kernel.read(&format!("{group}/{file}")));
             Core {
                 core: *core,
@@ -145,6 +153,8 @@ impl Given {
                 effective: of_group("cpuset.cpus.effective"),
                 ticks: interrupts.count("LOC", *core),
                 calls: ["RES", "CAL", "TLB"].iter().map(|kind| interrupts.count(kind, *core)).sum(),
+                busy,
+                idle,
                 interrupts: interrupts.on(*core),
             }
         };
@@ -257,6 +267,19 @@ impl Given {
              {devices}; work queues on {queues}; clock ticks {ticks}; {deviations}"
         )
     }
+}
+
+/// What a core's line of `/proc/stat` says of its time: at work, and not. What waits for a disk does not work. Nothing of guests is counted,
+/// which are in the first two already (Linux, Documentation/filesystems/proc.rst, 1.7).
+fn times_of(stat: &str, core: usize) -> (u64, u64) {
+    let name = format!("cpu{core} ");
+    let line = stat.lines().find_map(|line| line.strip_prefix(&name)).unwrap_or_default();
+    let mut sums = (0_u64, 0_u64);
+    for (at, word) in line.split_whitespace().take(8).enumerate() {
+        let sum = if matches!(at, 3 | 4) { &mut sums.1 } else { &mut sums.0 };
+        *sum = sum.saturating_add(word.parse().unwrap_or(0));
+    }
+    sums
 }
 
 /// `/proc/interrupts`, and where each may fire.
@@ -483,6 +506,15 @@ mod tests {
         assert!(given.line().contains("by their affinity alone"));
         let given = Given::read(&good(), &Cores::divide(&[0, 1]), |core| Some(format!("/group-{core}")), &[]);
         assert!(given.deviations.is_empty() && given.line().contains("share 0-1"), "{given:?}");
+    }
+
+    #[test]
+    fn the_time_of_a_core_is_read_as_the_kernel_writes_it() {
+        let stat = "cpu  90 0 0 900 0 0 0 0 0 0\ncpu1 10 2 30 400 5 6 7 8 9 9\ncpu10 1 1 1 1 1 1 1 1 0 0\nintr 5 0\n";
+        assert_eq!(times_of(stat, 1), (10 + 2 + 30 + 6 + 7 + 8, 405));
+        assert_eq!(times_of(stat, 10), (6, 2));
+        assert_eq!(times_of("cpu1 99999999999999999999 x", 1), (0, 0));
+        assert_eq!(times_of(stat, 2), (0, 0));
     }
 
     #[test]

@@ -166,6 +166,30 @@ impl HugePages {
 pub struct Console {
     /// What it lets a person at the line do.
     pub mode: ConsoleMode,
+    /// What is at the other end of the line.
+    pub terminal: Terminal,
+}
+
+/// What is at the other end of a serial line, which cannot be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Terminal {
+    /// A terminal, or a program that is one: it obeys the sequences that move the cursor and erase.
+    #[default]
+    Vt100,
+    /// Something that prints characters, and knows a backspace.
+    Dumb,
+}
+
+impl Terminal {
+    /// Its name, as `TERM` has it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Vt100 => "vt100",
+            Self::Dumb => "dumb",
+        }
+    }
 }
 
 /// What the serial console is for.
@@ -350,7 +374,7 @@ mod tests {
     fn a_whole_file() {
         let s = parse(
             "[network]\naddress = [\"10.0.2.15/24\", \"fec0::15/64\"]\ngateway = [\"10.0.2.2\", \"fec0::2\"]\n\
-             [workers]\nhuge_pages = \"never\"\n[console]\nmode = \"observe\"\n[egress]\nroots = [\"my-ca.pem\"]\n",
+             [workers]\nhuge_pages = \"never\"\n[console]\nmode = \"observe\"\nterminal = \"dumb\"\n[egress]\nroots = [\"my-ca.pem\"]\n",
         )
         .unwrap();
         assert_eq!(s.egress.roots, ["my-ca.pem"]);
@@ -359,7 +383,7 @@ mod tests {
         let logs = parse("[logs]\nexport = \"syslog+tls://logs.example.org\"\n").unwrap().logs;
         assert_eq!(logs.export.unwrap().port, 6514);
         assert_eq!(s.workers.huge_pages, HugePages::Never);
-        assert_eq!(s.console.mode, ConsoleMode::Observe);
+        assert_eq!((s.console.mode, s.console.terminal), (ConsoleMode::Observe, Terminal::Dumb));
         assert_eq!(s.ingress.http, [80], "what is not named keeps its default");
         assert_eq!((s.control.port, s.operators.len()), (7250, 0), "nobody, unless listed");
         let s = parse(
@@ -379,6 +403,7 @@ mod tests {
             ("[network]\naddress = [\"10.0.2.15\"]", "line 2"),
             ("[network]\naddress = [\"10.0.2.15/33\"]", "at most 32"),
             ("[console]\nmode = \"shell\"", "operate"),
+            ("[console]\nterminal = \"xterm\"", "vt100"),
             ("[network]\ngateway = [\"1.1.1.1\", \"2.2.2.2\"]", "at most one"),
             ("[ingress]\nhttp = [0]", "not a port"),
             ("[ingress]\nhttp = 80 90", "line 2"),

@@ -95,6 +95,8 @@ pub trait Machine {
     }
     /// Shows what was kept, as far as that needs no waiting. Returns whether something is left.
     fn show(&mut self) -> bool;
+    /// A process of this role is about to be started.
+    fn prepare(&mut self, _: &Role) {}
     /// The program of a role.
     fn program(&self, role: &Role) -> &CStr {
         role.program
@@ -955,6 +957,7 @@ impl<M: Machine> Supervisor<M> {
                 }
             }
         }
+        self.machine.prepare(role);
         let mut descriptors: Vec<(String, BorrowedFd<'_>)> = vec![];
         match kind {
             Kind::Control => {

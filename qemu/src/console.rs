@@ -56,6 +56,8 @@ struct State {
     bytes: Bytes,
     cursor: u64,
     end: Option<End>,
+    /// Nothing is read.
+    mute: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -69,7 +71,7 @@ impl Console {
     pub(crate) fn open(stream: UnixStream, ending: Arc<Ending>, transcript: Option<File>) -> io::Result<Self> {
         let reader = stream.try_clone()?;
         stream.set_write_timeout(Some(SEND_LIMIT))?;
-        let state = State { bytes: Bytes::new(KEPT_BYTES), cursor: 0, end: None };
+        let state = State { bytes: Bytes::new(KEPT_BYTES), cursor: 0, end: None, mute: false };
         let inner =
             Arc::new(Inner { state: Mutex::new(state), changed: Condvar::new(), keyboard: Mutex::new(stream), ending });
         let shared = Arc::clone(&inner);
@@ -157,6 +159,13 @@ impl Console {
     /// The machine does not take them within ten seconds.
     pub fn send_bytes(&self, bytes: &[u8]) -> Result<(), Error> {
         lock(&self.inner.keyboard).write_all(bytes).map_err(|source| Error::Send { channel: "console", source })
+    }
+
+    /// Reads nothing any more of what the machine prints, or reads on: a line that nobody listens to, and that takes nothing once what is
+    /// on its way fills up.
+    pub fn mute(&self, mute: bool) {
+        lock(&self.inner.state).mute = mute;
+        self.inner.changed.notify_all();
     }
 
     /// Everything printed so far (the last 16 MiB of it), as text.
@@ -249,6 +258,11 @@ impl Inner {
     fn collect(&self, mut stream: UnixStream, mut transcript: Option<File>) {
         let mut chunk = vec![0; 64 << 10];
         loop {
+            let mut state = lock(&self.state);
+            while state.mute {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            drop(state);
             let count = match stream.read(&mut chunk) {
                 Ok(0) => break,
                 Ok(count) => count,
@@ -382,6 +396,23 @@ mod tests {
         let (near, far) = UnixStream::pair().unwrap();
         let ending = Arc::new(Ending::default());
         (Console::open(near, Arc::clone(&ending), None).unwrap(), far, ending)
+    }
+
+    #[test]
+    fn a_mute_console_reads_nothing_until_it_reads_on() {
+        let (console, mut machine, _) = console();
+        console.mute(true);
+        machine.set_write_timeout(Some(SHORT)).unwrap();
+        // At most what one read takes is read.
+        let mut taken = 0;
+        while let Ok(n) = machine.write(&[b'x'; 4096]) {
+            taken += n;
+            assert!(taken < 8 << 20, "somebody reads");
+        }
+        console.mute(false);
+        machine.set_write_timeout(None).unwrap();
+        machine.write_all(b"the end\n").unwrap();
+        console.wait_for_line("the end", SOON).unwrap();
     }
 
     #[test]

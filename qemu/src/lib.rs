@@ -23,7 +23,7 @@
 //! )?;
 //! machine.console().wait_for("gaia: serving", Duration::from_mins(1))?;
 //! let port = machine.port(8080)?; // 127.0.0.1:port reaches the guest's port 8080
-//! machine.console().send_line("poweroff")?;
+//! machine.console().send_line("poweroff --yes")?;
 //! assert!(machine.wait_exit(Duration::from_secs(30))?.success());
 //! # Ok::<(), gaia_qemu::Error>(())
 //! ```

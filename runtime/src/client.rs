@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::future::Future;
 use std::io::ErrorKind;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
@@ -17,9 +18,12 @@ use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper_util::rt::TokioIo;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
@@ -182,6 +186,8 @@ pub struct Client {
     way: Way,
     within: Duration,
     progress: Progress,
+    /// Whether a key ends what goes on.
+    keys: bool,
 }
 
 /// How it is reached.
@@ -199,20 +205,20 @@ impl Client {
     /// The one whose control listens on this socket.
     #[must_use]
     pub fn new(socket: PathBuf) -> Self {
-        Self { way: Way::Socket(socket), within: WITHIN, progress: Progress::default() }
+        Self { way: Way::Socket(socket), within: WITHIN, progress: Progress::default(), keys: false }
     }
 
     /// This one, over the network.
     #[must_use]
     pub fn remote(folder: Folder, remote: Remote) -> Self {
         let way = Way::Network(folder, Box::new(remote));
-        Self { way, within: WITHIN, progress: Progress::default() }
+        Self { way, within: WITHIN, progress: Progress::default(), keys: false }
     }
 
     /// The same, which is not waited for any longer than this where a short answer is expected.
     #[must_use]
-    pub fn within(self, within: Duration) -> Self {
-        Self { within, ..self }
+    pub fn within(&self, within: Duration) -> Self {
+        Self { within, ..self.clone() }
     }
 
     /// The same, which shows how far it is.
@@ -225,6 +231,21 @@ impl Client {
     #[must_use]
     pub fn progress(&self) -> &Progress {
         &self.progress
+    }
+
+    /// The same for whoever is at a terminal that sends each key: q or Ctrl-C ends what goes on.
+    #[must_use]
+    pub fn ended_by_key(&self) -> Self {
+        Self { keys: true, ..self.clone() }
+    }
+
+    /// Which appliance it is, as a sentence begins.
+    #[must_use]
+    pub fn place(&self) -> String {
+        match &self.way {
+            Way::Socket(_) => "the appliance".to_owned(),
+            Way::Network(_, remote) => remote.host().to_string(),
+        }
     }
 
     /// How a conversation broke: what to do about it, if that is known.
@@ -459,6 +480,7 @@ impl Client {
             let mut exchange = pin!(exchange);
             tokio::select! {
                 biased;
+                () = end_key(), if self.keys => Ok(()),
                 outcome = exchange.as_mut() => outcome,
                 outcome = connection => match outcome {
                     // What it brought last is still to be read; if it is not whole, the reader sees it.
@@ -604,6 +626,34 @@ fn not_understood(theirs: Option<&String>, error: &serde_json::Error) -> Error {
     }
 }
 
+/// Waits for q or Ctrl-C, or for the end of the terminal.
+async fn end_key() {
+    let Ok(stdin) = std::io::stdin().as_fd().try_clone_to_owned() else { return std::future::pending().await };
+    // SAFETY: the descriptor is this value's own, which names the same open file for as long as it lives.
+    let Ok(stdin) = (unsafe { AsyncFd::register_with_interest(stdin, Interest::READABLE) }) else {
+        return std::future::pending().await;
+    };
+    while let Ok(mut ready) = stdin.readable().await {
+        // The terminal blocks whoever reads when there is nothing: so it is asked first.
+        let mut typed = [PollFd::new(&stdin, PollFlags::IN)];
+        match poll(&mut typed, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+            Ok(0) | Err(Errno::INTR) => {
+                ready.clear_ready();
+                continue;
+            }
+            Ok(_) => {}
+            Err(_) => return,
+        }
+        let mut byte = [0];
+        match rustix::io::read(&stdin, &mut byte) {
+            Ok(0) => return,
+            Ok(_) if matches!(byte[0], b'q' | b'Q' | 3) => return,
+            Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(_) => return,
+        }
+    }
+}
+
 fn runtime() -> Result<tokio::runtime::Runtime, Error> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| Error::Broken(e.to_string()))
 }
@@ -729,7 +779,7 @@ pub fn ps_text(ps: &Ps) -> String {
 }
 
 /// `4.2s`, `3m12s`, `2h5m`, `9d4h`
-fn seconds(s: f64) -> String {
+pub(crate) fn seconds(s: f64) -> String {
     let whole = Duration::try_from_secs_f64(s).unwrap_or_default().as_secs();
     match whole {
         0..60 => format!("{s:.1}s"),

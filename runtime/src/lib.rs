@@ -38,4 +38,5 @@ pub mod review;
 pub mod run;
 pub mod secrets;
 pub mod statistics;
+pub mod top;
 pub mod worker;

@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use gaia_init::descriptors::Descriptors;
 use gaia_init::key::PublicKey;
 use gaia_init::sandbox::{self, Demand};
+use gaia_prompt::terminal::others_write;
 use gaia_runtime::check::Review;
 use gaia_runtime::client::{self, Client, DEFAULT_SOCKET};
 use gaia_runtime::complete::{self, Shell};
-use gaia_runtime::console::{self, Mode};
+use gaia_runtime::console::{self, Leave, Mode};
 use gaia_runtime::failure::{Failure, Kind};
 use gaia_runtime::kept::Kept;
 use gaia_runtime::progress::Progress;
@@ -24,7 +26,7 @@ static ALLOCATOR: Kept = Kept;
 
 /// Operate a Gaia appliance: WebAssembly components served from bare metal.
 #[derive(Debug, Parser)]
-#[command(name = "gaia", bin_name = "gaia", version, propagate_version = true, after_help = manual::statuses())]
+#[command(name = "gaia", bin_name = "gaia", version, propagate_version = true, max_term_width = 80, after_help = manual::statuses())]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -154,7 +156,7 @@ fn done(cli: Cli, words: &[OsString]) -> anyhow::Result<ExitCode> {
         Command::Run(options) => {
             return run::run(&options, json).map_err(|e| Failure { kind: Kind::Usage, ..Failure::of(&e) }.into());
         }
-        Command::Console => prompt(&client()?)?,
+        Command::Console => console::run(&client()?, Mode::Operate, Leave::Allowed)?,
         Command::Completions { shell } => {
             let program = complete::called(words.first().map_or("gaia".as_ref(), OsString::as_os_str));
             written(&complete::registration(shell, &program)?)?;
@@ -171,7 +173,7 @@ fn done(cli: Cli, words: &[OsString]) -> anyhow::Result<ExitCode> {
                 Role::Compile => compile::run()?,
                 Role::Worker => worker::run()?,
                 Role::Keeper => worker::keeper::run()?,
-                Role::Console => sandboxed(&sandbox::console::SANDBOX).and_then(|()| prompt(&local()))?,
+                Role::Console => prompt(&local())?,
                 Role::Log => {
                     sandboxed(&sandbox::log::SANDBOX)?;
                     operate::show(&local(), std::env::var_os(run::JSON).is_some(), &mut stdout())?;
@@ -257,10 +259,15 @@ fn trust(on: Option<&str>, key: PublicKey, json: bool) -> anyhow::Result<()> {
     written(&(text + "\n"))
 }
 
+/// The prompt of the serial port, in its sandbox.
 fn prompt(client: &Client) -> anyhow::Result<()> {
+    if let Ok(written) = Descriptors::inherit().and_then(|mut all| all.take("written")) {
+        others_write(written);
+    }
+    sandboxed(&sandbox::console::SANDBOX)?;
     let observe = std::env::var("GAIA_CONSOLE").is_ok_and(|mode| mode == "observe");
     let mode = if observe { Mode::Observe } else { Mode::Operate };
-    Ok(console::converse(client, mode, &mut stdin().lock(), &mut stdout().lock())?)
+    Ok(console::run(client, mode, Leave::Refused)?)
 }
 
 /// Enters the sandbox of a role that connects to nobody by TCP.

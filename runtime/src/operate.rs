@@ -9,10 +9,10 @@ use serde::Serialize;
 
 use crate::client::{Client, Error, Turn, ps_text, status_text};
 use crate::control::log::{Query, instance};
-use crate::control::report::{Line, Rollback, Step};
-use crate::deploy;
+use crate::control::report::{Line, Reason, Rollback, Step};
 use crate::log::Kind;
 use crate::log::time::Moment;
+use crate::{deploy, top};
 
 /// A command to a running appliance.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
@@ -30,6 +30,8 @@ pub enum Command {
         #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
         color: Color,
     },
+    /// The appliance and its branes, live, once a second
+    Top,
     /// The graphs that were deployed, oldest first
     Graphs,
     /// Serve the graph before the current one again, exactly
@@ -42,9 +44,17 @@ pub enum Command {
     #[command(subcommand)]
     Secret(secret::Command),
     /// Finish what is inside, for at most five seconds, then switch the appliance off
-    Poweroff,
+    Poweroff {
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+    },
     /// Finish what is inside, for at most five seconds, then start the appliance again
-    Reboot,
+    Reboot {
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+    },
 }
 
 /// Which lines of the log.
@@ -122,16 +132,16 @@ impl Command {
     #[must_use]
     pub fn changes(&self) -> bool {
         match self {
-            Self::Status | Self::Ps | Self::Logs { .. } | Self::Graphs => false,
+            Self::Status | Self::Ps | Self::Logs { .. } | Self::Graphs | Self::Top => false,
             Self::Secret(command) => command.changes(),
-            Self::Rollback { .. } | Self::Poweroff | Self::Reboot => true,
+            Self::Rollback { .. } | Self::Poweroff { .. } | Self::Reboot { .. } => true,
         }
     }
 
     /// Whether it goes on until it is interrupted.
     #[must_use]
     pub fn goes_on(&self) -> bool {
-        matches!(self, Self::Logs { which: Which { follow: true, .. }, .. })
+        matches!(self, Self::Logs { which: Which { follow: true, .. }, .. } | Self::Top)
     }
 }
 
@@ -147,19 +157,48 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             return logs(client, &which.query(now), json, *color, out);
         }
+        Command::Top => return top::watch(client, json, out),
         Command::Secret(command) => return secret::run(command, client, json, out),
         Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),
         Command::Rollback { yes } => {
-            client.change("/v1/rollback", &Rollback { ends_states: *yes }, deploy::doing).map(|last| match last {
+            rollback(client, *yes).map(|last| match last {
                 // As `deploy` has it.
                 Step::Done(done) => text(&done, json, deploy::deployed_text),
                 other => text(&other, json, |_| String::new()),
             })
         }
-        Command::Poweroff => client.poweroff().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
-        Command::Reboot => client.reboot().map(|d| text(&d, json, |d| d.done.clone() + "\n")),
+        Command::Poweroff { yes } => agreed(*yes, &format!("{} switches off", client.place()))
+            .and_then(|()| client.poweroff())
+            .map(|d| text(&d, json, |d| d.done.clone() + "\n")),
+        Command::Reboot { yes } => agreed(*yes, &format!("{} starts again", client.place()))
+            .and_then(|()| client.reboot())
+            .map(|d| text(&d, json, |d| d.done.clone() + "\n")),
     };
     out.write_all(text?.as_bytes()).map_err(Error::Output)
+}
+
+/// The way back; where it would end states, that is asked about.
+fn rollback(client: &Client, yes: bool) -> Result<Step, Error> {
+    let back = |ends_states| client.change("/v1/rollback", &Rollback { ends_states }, deploy::doing);
+    match back(yes) {
+        Err(Error::Unchanged(Reason::NotAgreed, ends)) => {
+            agreed(false, &ends)?;
+            back(true)
+        }
+        other => other,
+    }
+}
+
+/// Asks whoever is at the terminal, unless that was agreed to beforehand.
+fn agreed(yes: bool, what: &str) -> Result<(), Error> {
+    if yes {
+        return Ok(());
+    }
+    match gaia_prompt::asked(&format!("{what}\nGo on? [y/N] ")).map_err(Error::Output)? {
+        Some(answer) if matches!(answer.trim(), "y" | "Y" | "yes") => Ok(()),
+        Some(_) => Err(Error::Refused("nothing is done".into())),
+        None => Err(Error::Unchanged(Reason::NotAgreed, what.to_owned())),
+    }
 }
 
 fn logs(client: &Client, query: &Query, json: bool, color: Color, out: &mut dyn Write) -> Result<(), Error> {

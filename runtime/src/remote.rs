@@ -473,6 +473,12 @@ impl Remote {
         Ok(Self { host, own, pinned: shown })
     }
 
+    /// Which it is.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
     /// A conversation with it. That this end is no operator shows only in what is read from it: [`Remote::explained`].
     ///
     /// # Errors

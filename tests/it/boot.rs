@@ -94,7 +94,7 @@ fn it_serves_from_a_component_shows_itself_and_powers_off_without_a_complaint() 
 #[test]
 fn reboot_starts_the_machine_again() {
     let appliance = Appliance::boot(&Setup::default().production()).unwrap();
-    appliance.machine().console().send_line("reboot").unwrap();
+    appliance.machine().console().send_line("reboot --yes").unwrap();
     let exit = appliance.machine().wait_exit(Duration::from_mins(1)).unwrap();
     assert!(exit.success() && format!("{:?}", exit.reason).contains("Reset"), "{exit:?}");
 }

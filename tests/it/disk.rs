@@ -96,7 +96,7 @@ fn what_it_holds_outlives_a_power_off_and_the_file_system_is_clean() {
     assert!(!line.contains("journal") && !line.contains("ERRORS"), "{line}");
     assert_eq!(appliance.read("/data/control/kept").unwrap(), "what was written");
     appliance.serves_hello().unwrap();
-    appliance.machine().console().send_line("reboot").unwrap();
+    appliance.machine().console().send_line("reboot --yes").unwrap();
     assert!(appliance.machine().wait_exit(Duration::from_mins(1)).unwrap().success());
     let (clean, said) = fsck(&disk).unwrap();
     assert!(clean, "{said}");

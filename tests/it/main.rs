@@ -6,6 +6,7 @@
 mod boot;
 mod capabilities;
 mod command;
+mod console;
 mod costs;
 mod density;
 mod deploy;

@@ -139,7 +139,7 @@ fn who_is_listed_operates_and_who_is_not_does_not() {
 
     // A stranger learns what to do about it, and the console learns of the stranger.
     stranger.does(port, &["trust", &key.to_string()]);
-    for command in [["status"].as_slice(), &["logs"], &["poweroff"]] {
+    for command in [["status"].as_slice(), &["logs"], &["poweroff", "--yes"]] {
         let told = stranger.fails(port, command);
         assert!(told.contains("[operators]\n") && told.contains(&stranger.key.to_string()), "{command:?}: {told}");
         let line = format!("control: refused {FROM}: key {} is not an operator's", stranger.key);
@@ -161,7 +161,10 @@ fn who_is_listed_operates_and_who_is_not_does_not() {
     appliance.line(&format!("control: ann from {FROM}:"), ANSWER_WITHIN).unwrap();
     let logs = ann.does(port, &["logs"]);
     assert!(logs.contains(" gaia AUDIT ann from ") && logs.contains(": POST /v1/nonsense: 404: "), "{logs}");
-    assert!(ann.does(port, &["poweroff"]).contains("the appliance switches off"));
+    // Nobody is there to be asked.
+    let told = ann.fails(port, &["poweroff"]);
+    assert!(told.contains("nothing is done") && told.contains("--yes"), "{told}");
+    assert!(ann.does(port, &["poweroff", "--yes"]).contains("the appliance switches off"));
     let line = appliance.line(": POST /v1/poweroff: 202", ANSWER_WITHIN).unwrap();
     assert!(line.contains("control: ann from "), "{line}");
     assert!(appliance.machine().wait_exit(Duration::from_mins(1)).unwrap().success());

@@ -467,12 +467,12 @@ impl Appliance {
         }
     }
 
-    /// Types `poweroff`, waits for the machine to end by itself, and returns all it ever printed.
+    /// Types `poweroff --yes`, waits for the machine to end by itself, and returns all it ever printed.
     ///
     /// # Errors
     /// If it does not end, or not with status 0.
     pub fn power_off(self) -> Result<String> {
-        self.machine.console().send_line("poweroff")?;
+        self.machine.console().send_line("poweroff --yes")?;
         let exit = self.machine.wait_exit(Duration::from_mins(1))?;
         ensure!(exit.success(), "QEMU ended with {exit:?}");
         Ok(self.machine.console().transcript())

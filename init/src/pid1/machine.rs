@@ -10,7 +10,7 @@ use gaia_init::supervise::Machine;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::Resource;
-use rustix::termios::{ControlModes, InputModes, LocalModes, OptionalActions};
+use rustix::termios::{ControlModes, InputModes, LocalModes, OptionalActions, OutputModes, SpecialCodeIndex};
 
 use crate::cgroups::{Groups, folder_of_core};
 use crate::data;
@@ -34,13 +34,14 @@ pub(crate) struct Appliance {
     report: Report,
     groups: Groups,
     watchdog: Option<Watchdog>,
-    terminal: Option<OwnedFd>,
+    terminal: Option<Terminal>,
     folders: Folders,
     null: OwnedFd,
     /// Where roles without a terminal write: the kernel's log. One open file for all of them, so a limit for each open
     /// file would be one for all: the command line has `printk.devkmsg=on`, and each role limits itself.
     words: OwnedFd,
     console_mode: &'static str,
+    term: &'static str,
     /// Name servers and extra roots, as control reads them.
     dns: String,
     roots: String,
@@ -63,13 +64,13 @@ impl Appliance {
         groups: Groups,
         control: Vec<(String, OwnedFd)>,
         watchdog: Option<Watchdog>,
-        terminal: Option<OwnedFd>,
+        terminal: Option<Terminal>,
         folders: Folders,
     ) -> Result<Self, rustix::io::Errno> {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let words = rustix::fs::open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             .or_else(|_| null.try_clone().map_err(|_| rustix::io::Errno::MFILE))?;
-        let console_mode = settings.console.mode.word();
+        let (console_mode, term) = (settings.console.mode.word(), settings.console.terminal.word());
         let server = |address: &IpAddr| SocketAddr::new(*address, 53).to_string();
         let dns = settings.network.dns.iter().map(server).collect::<Vec<_>>().join(" ");
         let roots = settings.egress.roots.join("\n");
@@ -87,6 +88,7 @@ impl Appliance {
             null,
             words,
             console_mode,
+            term,
             dns,
             roots,
             registries,
@@ -118,6 +120,17 @@ impl Machine for Appliance {
         self.report.show()
     }
 
+    /// A terminal that was hung up is dead for whoever has it open, and one whose prompt has died may be in any mode: so each prompt gets it
+    /// anew.
+    fn prepare(&mut self, role: &Role) {
+        if let Some(terminal) = &mut self.terminal
+            && role.terminal
+            && let Ok(port) = opened(&terminal.path)
+        {
+            terminal.port = port;
+        }
+    }
+
     fn confinement(&self, role: &Role, number: Option<usize>) -> Confinement<'_> {
         let mut limits = vec![(Resource::Nofile, role.max_files), (Resource::Core, 0)];
         limits.extend(role.max_cpu.map(|d| (Resource::Cpu, d.as_secs())));
@@ -136,7 +149,7 @@ impl Machine for Appliance {
 
     fn stdio(&self, role: &Role) -> [BorrowedFd<'_>; 3] {
         match &self.terminal {
-            Some(terminal) if role.terminal => [terminal.as_fd(); 3],
+            Some(terminal) if role.terminal => [terminal.port.as_fd(); 3],
             _ => [self.null.as_fd(), self.words.as_fd(), self.words.as_fd()],
         }
     }
@@ -151,6 +164,7 @@ impl Machine for Appliance {
                 add("registries", self.registries.as_ref());
                 self.control.iter().for_each(|(name, socket)| add(name, Some(socket)));
             }
+            Kind::Console => add("written", self.report.written()),
             Kind::Worker | Kind::Keeper => {
                 add("tick", Some(&self.groups.tick));
                 add("memory", Some(&self.groups.memory));
@@ -175,7 +189,7 @@ impl Machine for Appliance {
             Kind::Console => vec![
                 ("GAIA_API".into(), API.into()),
                 ("GAIA_CONSOLE".into(), self.console_mode.into()),
-                ("TERM".into(), "vt100".into()),
+                ("TERM".into(), self.term.into()),
             ],
             Kind::Worker | Kind::Keeper => vec![("GAIA_MEMORY".into(), self.groups.memory_max.to_string())],
             #[cfg(feature = "debug-role")]
@@ -209,9 +223,14 @@ pub(crate) fn api_socket() -> Result<(OwnedFd, String), Failure> {
     Ok((socket, API.into()))
 }
 
-/// Opens the terminal of the prompt and sets it so that nobody at the line can stall the appliance: no flow control by
-/// characters or lines (a ^S or a missing CTS would stop every writer), no hang-up when the carrier goes.
-pub(crate) fn terminal(parameters: &Parameters) -> Result<(OwnedFd, String), Failure> {
+/// The terminal of the prompt.
+pub(crate) struct Terminal {
+    path: String,
+    port: OwnedFd,
+}
+
+/// Finds the terminal of the prompt and opens it.
+pub(crate) fn terminal(parameters: &Parameters) -> Result<(Terminal, String), Failure> {
     let name = match &parameters.console {
         Some(name) => name.clone(),
         None => {
@@ -224,15 +243,29 @@ pub(crate) fn terminal(parameters: &Parameters) -> Result<(OwnedFd, String), Fai
         }
     };
     let path = format!("/dev/{name}");
+    let port = opened(&path)?;
+    Ok((Terminal { path: path.clone(), port }, path))
+}
+
+/// Opens a terminal and sets it so that nobody at the line can stall the appliance: no flow control by characters or lines (a ^S or a missing
+/// CTS would stop every writer), no hang-up when the carrier goes. It sends each key, shows none and makes none a signal: the prompt does that,
+/// and may not set anything itself. A line feed that is written stays a new line.
+fn opened(path: &str) -> Result<OwnedFd, Failure> {
     // Non-blocking for the opening only: a port without a carrier must not be waited for.
     let open = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let port = rustix::fs::open(&path, open, Mode::empty()).map_err(|e| format!("{path}: {e}"))?;
+    let port = rustix::fs::open(path, open, Mode::empty()).map_err(|e| format!("{path}: {e}"))?;
     rustix::fs::fcntl_setfl(&port, OFlags::empty())?;
     let mut mode = rustix::termios::tcgetattr(&port).map_err(|e| format!("{path} is no terminal: {e}"))?;
-    mode.input_modes -= InputModes::IXON | InputModes::IXOFF;
-    mode.control_modes |= ControlModes::CLOCAL;
+    let input = InputModes::IXON | InputModes::IXOFF | InputModes::INLCR | InputModes::IGNCR | InputModes::ISTRIP;
+    mode.input_modes -= input | InputModes::BRKINT | InputModes::PARMRK;
+    mode.input_modes |= InputModes::ICRNL | InputModes::IGNBRK;
+    mode.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
+    mode.control_modes |= ControlModes::CLOCAL | ControlModes::CS8;
     mode.control_modes -= ControlModes::CRTSCTS;
-    mode.local_modes -= LocalModes::ISIG;
+    mode.local_modes -= LocalModes::ISIG | LocalModes::ICANON | LocalModes::ECHO | LocalModes::IEXTEN;
+    mode.special_codes[SpecialCodeIndex::VMIN] = 1;
+    mode.special_codes[SpecialCodeIndex::VTIME] = 0;
+    // What waits to be shown is not waited for.
     rustix::termios::tcsetattr(&port, OptionalActions::Now, &mode)?;
-    Ok((port, path))
+    Ok(port)
 }

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use gaia_init::lines::Lines;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{Mode, OFlags};
 
 /// What the whole boot may wait for the console. The report is about 2 KiB, 0.2 s at 115,200 baud; on a line that is
@@ -28,6 +29,8 @@ impl<E: Into<Box<dyn std::error::Error>>> From<E> for Failure {
 pub(crate) struct Report {
     console: Option<OwnedFd>,
     queue: Lines,
+    /// Counts for the prompt that something was shown, when all of it was: the line that is being typed is drawn again below it.
+    written: Option<OwnedFd>,
     started: Instant,
     /// What the boot may still wait for the console.
     patience: Duration,
@@ -38,7 +41,13 @@ impl Report {
     pub(crate) fn open() -> Self {
         let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let console = rustix::fs::open("/dev/console", flags, Mode::empty()).ok();
-        Self { console, queue: Lines::default(), started: Instant::now(), patience: BOOT_WAITS }
+        let written = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok();
+        Self { console, queue: Lines::default(), written, started: Instant::now(), patience: BOOT_WAITS }
+    }
+
+    /// The counter of what was shown.
+    pub(crate) fn written(&self) -> Option<&OwnedFd> {
+        self.written.as_ref()
     }
 
     /// Liness one line.
@@ -49,7 +58,17 @@ impl Report {
     /// Shows what the console takes at once. Returns whether something is left.
     pub(crate) fn show(&mut self) -> bool {
         let console = self.console.as_ref();
-        self.queue.write(|bytes| console.map_or(Ok(bytes.len()), |console| rustix::io::write(console, bytes)))
+        let mut shown = false;
+        let left = self.queue.write(|bytes| {
+            let taken = console.map_or(Ok(bytes.len()), |console| rustix::io::write(console, bytes));
+            shown |= taken.is_ok_and(|n| n > 0);
+            taken
+        });
+        if let (true, false, Some(counter)) = (shown, left, &self.written) {
+            // Where nobody reads it, it is full some day, and says the same.
+            let _ = rustix::io::write(counter, &1_u64.to_ne_bytes());
+        }
+        left
     }
 
     fn show_within(&mut self, most: Duration) -> Duration {

@@ -174,7 +174,8 @@ impl Prompt {
     }
 }
 
-/// Asks a question of whoever is at the terminal. `None` if nobody is, or the answer was refused with Ctrl-C.
+/// Asks a question of whoever is at the terminal; its last line stands before the answer. `None` if nobody is.
+/// Ctrl-C and Ctrl-D are an empty answer.
 ///
 /// # Errors
 /// If the terminal cannot be read or written.
@@ -183,6 +184,10 @@ pub fn asked(question: &str) -> io::Result<Option<String>> {
         return Ok(None);
     }
     let mut terminal = Terminal::new(io::stdin().as_fd(), io::stderr().as_fd(), &terminal::term())?;
+    let (above, question) = question.rsplit_once('\n').map_or(("", question), |(above, last)| (above, last));
+    if !above.is_empty() {
+        io::stderr().write_all(format!("{above}\n").as_bytes())?;
+    }
     let answer = Prompt::new(question).line(&mut terminal, &mut io::stderr(), &mut |_| Completion::default())?;
     Ok(match answer {
         Answer::Line(line) => Some(line),

@@ -366,8 +366,7 @@ pub(super) fn agree(plan: &PlanReport, ends_states: bool) -> anyhow::Result<()> 
     if plan.ends.is_empty() || ends_states {
         return Ok(());
     }
-    let error = format!("it {}; that has to be agreed to: --yes", plan.ends.join("; it "));
-    Err(Unchanged::new(Reason::NotAgreed, error).into())
+    Err(Unchanged::new(Reason::NotAgreed, format!("it {}", plan.ends.join("; it "))).into())
 }
 
 /// Has a graph of the history serve, and makes it the current one.

@@ -462,6 +462,8 @@ const ACTS: &[Act] = &[
             call(libc::SYS_ioctl, &[i64::from(terminal), 0x5412, pointer(&b'x')])
         },
     },
+    Act { name: "look at a terminal's modes", permitted: &["console", "log"], attempt: |p| modes(p, 0x802c_542a) },
+    Act { name: "set a terminal's modes", permitted: &[], attempt: |p| modes(p, 0x402c_542b) },
     Act {
         name: "call the kernel by its 32-bit door",
         permitted: &[],
@@ -530,6 +532,16 @@ const ACTS: &[Act] = &[
         },
     },
 ];
+
+/// `TCGETS2` or `TCSETS2`. Where there is no terminal, the kernel says so, and was asked.
+fn modes(prepared: &Prepared, request: i64) -> Result<(), i32> {
+    let terminal = prepared.terminal.as_ref().map_or(0, std::os::fd::AsRawFd::as_raw_fd);
+    let modes = [0_u8; 64];
+    match call(libc::SYS_ioctl, &[i64::from(terminal), request, pointer(&modes)]) {
+        Err(libc::ENOTTY) => Ok(()),
+        other => other,
+    }
+}
 
 /// All that an allocator asks the kernel for: pieces of every size, grown where they are and elsewhere, shrunk, and given
 /// back in an order that leaves whole pages free.
