@@ -44,7 +44,7 @@ const MARK: &str = "ω ";
     no_binary_name = true,
     name = "",
     term_width = 79,
-    help_template = "{subcommands}\n\n{options}\n\nTab completes, the arrows and Ctrl-R bring lines back, Ctrl-L draws the screen again."
+    help_template = "{subcommands}\n\n{options}\n\nTab completes; the arrows and Ctrl-R bring lines back; Ctrl-L draws it again."
 )]
 struct Line {
     #[command(subcommand)]
