@@ -35,6 +35,7 @@ readonly PACKAGES_CHECK=(
     curl # the request a person makes
     wrk  # load while a graph is deployed, and what `make bench` holds its own against
     rsyslog rsyslog-gnutls # where the log is sent; the tests start their own, and Debian's service is not needed
+    protobuf-compiler # reads what `gaia profile --pprof` writes
     docker-registry # what components are pushed to and pulled from; the tests start their own, and Debian's service is not needed
 )
 readonly TARGETS=(x86_64-unknown-linux-musl wasm32-wasip2)

@@ -38,8 +38,9 @@ use crate::settings::MAX_PORTS;
 use crate::spawn::{Command, Confinement};
 use crate::wire::{self, FromControl, FromWorker, Message, ToControl, ToWorker};
 
-/// Size of a worker's statistics and log in shared memory, in bytes. The runtime owns the layout; this is all init knows.
-pub const STATISTICS_BYTES: u64 = 1_183_744;
+/// Size of a worker's statistics, log and profiles in shared memory, in bytes. It has memory where it is touched alone. The runtime
+/// owns the layout; this is all init knows.
+pub const STATISTICS_BYTES: u64 = 147_697_664;
 /// Files a generation may have beside each worker's own descriptors: as many as have room for their names.
 pub const MAX_FILES: usize = 1792;
 // `LISTEN_FDNAMES` is one string, and the kernel takes at most 128 KiB of one (Linux, `MAX_ARG_STRLEN`): `file-NAME` for

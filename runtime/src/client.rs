@@ -28,7 +28,10 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::control::log::{Place, Query};
-use crate::control::report::{Done, Failed, Given, Graphs, Line, Ps, Pushed, Reason, Secrets, Status, Step};
+use crate::control::profile::Whose;
+use crate::control::report::{
+    Done, Failed, Given, Graphs, Line, Profile, Ps, Pushed, Reason, Samples, Secrets, Status, Step,
+};
 use crate::failure::{Failure, Kind};
 use crate::progress::{EVERY, Progress};
 use crate::remote::{Folder, Remote};
@@ -285,6 +288,22 @@ impl Client {
     /// [`Error`].
     pub fn ps(&self) -> Result<Ps, Error> {
         self.ask(Method::GET, "/v1/ps")
+    }
+
+    /// `GET /v1/profile`
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn profile(&self, whose: &Whose) -> Result<Profile, Error> {
+        self.ask(Method::GET, &format!("/v1/profile{}", whose.query()))
+    }
+
+    /// `GET /v1/profile/stacks`
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn stacks(&self, whose: &Whose) -> Result<Samples, Error> {
+        self.ask(Method::GET, &format!("/v1/profile/stacks{}", whose.query()))
     }
 
     /// `POST /v1/poweroff`

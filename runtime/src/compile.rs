@@ -13,7 +13,7 @@ use gaia_init::descriptors::Descriptors;
 use gaia_init::sandbox::{self, Demand};
 use gaia_init::wire::{self, Message, Unknown};
 use serde::{Deserialize, Serialize};
-use wasmparser::{DataKind, Operator, Parser, Payload};
+use wasmparser::{DataKind, KnownCustom, Name, Operator, Parser, Payload};
 use wasmtime::Engine;
 use wasmtime::component::Component;
 use wasmtime::component::types::ComponentItem;
@@ -138,6 +138,7 @@ pub fn compile(component: &[u8], reservation: u64) -> wasmtime::Result<(Report, 
         data_end: data_end(component),
         tables: r.num_tables,
         table_elements: r.max_initial_table_size.unwrap_or(0),
+        longest_name: longest_name(component),
     });
     let unlinked = link::linker(&engine, &capability::ALL)?.instantiate_pre(&compiled).err().map(|e| format!("{e:#}"));
     let report = Report { error: None, imports: imports.collect(), exports: exports.collect(), needs, unlinked };
@@ -159,6 +160,31 @@ fn data_end(component: &[u8]) -> u64 {
         }
     });
     ends.max().unwrap_or(0)
+}
+
+/// The longest name that the component's modules give a function, in bytes: by their names, or where there are none by what they
+/// export.
+fn longest_name(component: &[u8]) -> u64 {
+    let mut longest = 0;
+    for payload in Parser::new(0).parse_all(component).map_while(Result::ok) {
+        match payload {
+            Payload::CustomSection(section) => {
+                let KnownCustom::Name(names) = section.as_known() else { continue };
+                // What cannot be read is none to Wasmtime either.
+                for name in names.map_while(Result::ok) {
+                    let Name::Function(names) = name else { continue };
+                    let names = names.into_iter().map_while(Result::ok).map(|name| name.name.len() as u64);
+                    longest = longest.max(names.max().unwrap_or(0));
+                }
+            }
+            Payload::ExportSection(exports) => {
+                let names = exports.into_iter().map_while(Result::ok).map(|export| export.name.len() as u64);
+                longest = longest.max(names.max().unwrap_or(0));
+            }
+            _ => {}
+        }
+    }
+    longest
 }
 
 fn import(engine: &Engine, name: &str, item: &ComponentItem) -> Import {
@@ -213,6 +239,22 @@ mod tests {
         assert_eq!(data_end(&component), (2 << 20) + 8);
         assert_eq!(data_end(EMPTY), 0);
         assert_eq!(data_end(b"nothing"), 0);
+    }
+
+    #[test]
+    fn the_longest_name_is_that_of_all_modules() {
+        // In a section `name`, the names of functions: of number 0, `spin`.
+        let first = b"\0asm\x01\0\0\0\0\x0e\x04name\x01\x07\x01\0\x04spin".as_slice();
+        // And of another, sixteen bytes.
+        let second = b"\0asm\x01\0\0\0\0\x1a\x04name\x01\x13\x01\0\x10sixteen is a lot".as_slice();
+        let mut component = EMPTY.to_vec();
+        for module in [second, first] {
+            component.extend([1, u8::try_from(module.len()).unwrap()]);
+            component.extend(module);
+        }
+        assert_eq!(longest_name(&component), 16);
+        assert_eq!(longest_name(EMPTY), 0);
+        assert_eq!(longest_name(b"nothing"), 0);
     }
 
     proptest! {

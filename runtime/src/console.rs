@@ -73,7 +73,7 @@ pub fn run(client: &Client, mode: Mode, leave: Leave) -> io::Result<()> {
                     prompt.remember(&line);
                 }
                 // The terminal sends each key while something goes on; else a laptop's Ctrl-C is what it always is.
-                reply(client, mode, Some(&terminal), &line, &mut out)?;
+                reply(client, (mode, leave), Some(&terminal), &line, &mut out)?;
                 out.flush()?;
             }
             Answer::End if leave == Leave::Allowed => return out.write_all(b"\n"),
@@ -93,12 +93,18 @@ fn converse(client: &Client, mode: Mode, input: &mut impl BufRead, output: &mut 
             return Ok(());
         }
         let line = String::from_utf8_lossy(&line);
-        reply(client, mode, None, &line, output)?;
+        reply(client, (mode, Leave::Refused), None, &line, output)?;
     }
 }
 
 /// Answers one line.
-fn reply(client: &Client, mode: Mode, terminal: Option<&Terminal>, line: &str, out: &mut impl Write) -> io::Result<()> {
+fn reply(
+    client: &Client,
+    (mode, leave): (Mode, Leave),
+    terminal: Option<&Terminal>,
+    line: &str,
+    out: &mut impl Write,
+) -> io::Result<()> {
     let mut words = match words::split(line) {
         Ok(words) => words,
         Err(e) => return writeln!(out, "{e}"),
@@ -116,6 +122,9 @@ fn reply(client: &Client, mode: Mode, terminal: Option<&Terminal>, line: &str, o
     if mode == Mode::Observe && line.command.changes() {
         return writeln!(out, "this console only observes: [console] mode in gaia.toml decides");
     }
+    if leave == Leave::Refused && line.command.writes_files() {
+        return writeln!(out, "there are no files here: gaia --on HOST writes them on your machine");
+    }
     if matches!(&line.command, Command::Secret(secret) if secret.takes_a_value()) {
         return writeln!(out, "what is typed here is shown: gaia --on HOST secret set, from elsewhere");
     }
@@ -125,7 +134,7 @@ fn reply(client: &Client, mode: Mode, terminal: Option<&Terminal>, line: &str, o
         (true, None) => return writeln!(out, "nobody is at a terminal to end it: leave --follow away"),
         (true, Some(terminal)) => {
             let _keys = terminal.keys()?;
-            if line.command != Command::Top {
+            if !line.command.is_a_screen() {
                 out.write_all(ENDS.as_bytes())?;
                 out.flush()?;
             }
@@ -247,7 +256,7 @@ mod tests {
 
     fn reply(client: &Client, mode: Mode, line: &str) -> String {
         let mut out = Vec::new();
-        super::reply(client, mode, None, line, &mut out).unwrap();
+        super::reply(client, (mode, Leave::Refused), None, line, &mut out).unwrap();
         String::from_utf8(out).unwrap()
     }
 

@@ -7,6 +7,7 @@ use wasmtime::error::Context as _;
 use wasmtime::{Config, Engine, Instance, InstanceAllocationStrategy, Module, PoolingAllocationConfig, Store};
 
 use crate::plan::Needs;
+use crate::stacks;
 
 /// The stack a guest's call may use, in bytes. Rust guests keep most of theirs in linear memory.
 const GUEST_STACK: usize = 128 * 1024;
@@ -114,12 +115,14 @@ pub fn pool(needs: &Needs, mem_max: u64, slots: u32, resident: usize) -> Pooling
     pool
 }
 
-/// An engine with this pool, for each of whose memories so much is reserved.
+/// An engine with this pool, for each of whose memories so much is reserved. Stacks are followed only where functions have short
+/// names: all names of a stack are copied each time, and how long they are is the component's to say.
 ///
 /// # Errors
 /// If the pool cannot be reserved: too many slots of too much address space.
-pub fn for_worker(pool: PoolingAllocationConfig, reservation: u64) -> wasmtime::Result<Engine> {
+pub fn for_worker(pool: PoolingAllocationConfig, reservation: u64, has_short_names: bool) -> wasmtime::Result<Engine> {
     let mut config = base(reservation);
+    config.wasm_backtrace_max_frames(has_short_names.then_some(stacks::FOLLOWED));
     config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     Engine::new(&config)
 }
@@ -154,7 +157,7 @@ mod tests {
     const PLENTY: u64 = 1 << 40;
 
     fn needs(data_end: u64, initial_memory: u64) -> Needs {
-        Needs { memories: 1, initial_memory, data_end, tables: 1, table_elements: 1 }
+        Needs { memories: 1, initial_memory, data_end, tables: 1, table_elements: 1, longest_name: 0 }
     }
 
     #[test]

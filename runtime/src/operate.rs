@@ -12,7 +12,7 @@ use crate::control::log::{Query, instance};
 use crate::control::report::{Line, Reason, Rollback, Step};
 use crate::log::Kind;
 use crate::log::time::Moment;
-use crate::{deploy, top};
+use crate::{deploy, profile, top};
 
 /// A command to a running appliance.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
@@ -32,6 +32,8 @@ pub enum Command {
     },
     /// The appliance and its branes, live, once a second
     Top,
+    /// How long and how large the work of branes is, where its time goes, and what it costs
+    Profile(profile::Options),
     /// The graphs that were deployed, oldest first
     Graphs,
     /// Serve the graph before the current one again, exactly
@@ -132,7 +134,7 @@ impl Command {
     #[must_use]
     pub fn changes(&self) -> bool {
         match self {
-            Self::Status | Self::Ps | Self::Logs { .. } | Self::Graphs | Self::Top => false,
+            Self::Status | Self::Ps | Self::Logs { .. } | Self::Profile(_) | Self::Graphs | Self::Top => false,
             Self::Secret(command) => command.changes(),
             Self::Rollback { .. } | Self::Poweroff { .. } | Self::Reboot { .. } => true,
         }
@@ -141,7 +143,19 @@ impl Command {
     /// Whether it goes on until it is interrupted.
     #[must_use]
     pub fn goes_on(&self) -> bool {
-        matches!(self, Self::Logs { which: Which { follow: true, .. }, .. } | Self::Top)
+        self.is_a_screen() || matches!(self, Self::Logs { which: Which { follow: true, .. }, .. })
+    }
+
+    /// Whether it shows one thing that changes, and hears keys itself.
+    #[must_use]
+    pub fn is_a_screen(&self) -> bool {
+        matches!(self, Self::Top | Self::Profile(profile::Options { watch: true, .. }))
+    }
+
+    /// Whether it writes files where it runs. The appliance's console can open none.
+    #[must_use]
+    pub fn writes_files(&self) -> bool {
+        matches!(self, Self::Profile(options) if options.flame.is_some() || options.pprof.is_some())
     }
 }
 
@@ -157,6 +171,7 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             return logs(client, &which.query(now), json, *color, out);
         }
+        Command::Profile(options) => return profile::run(options, client, json, out),
         Command::Top => return top::watch(client, json, out),
         Command::Secret(command) => return secret::run(command, client, json, out),
         Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),

@@ -172,4 +172,7 @@ pub struct Needs {
     pub tables: u32,
     /// Elements of the largest table.
     pub table_elements: u64,
+    /// The longest name of a function, in bytes: beyond some length its stacks are not followed.
+    #[serde(default)]
+    pub longest_name: u64,
 }

@@ -153,7 +153,14 @@ mod tests {
             error: None,
             imports: imports.iter().map(import).collect(),
             exports: vec!["wasi:http/incoming-handler@0.2.12".into()],
-            needs: Some(Needs { memories: 1, initial_memory: 1 << 17, data_end: 70_000, tables: 1, table_elements: 1 }),
+            needs: Some(Needs {
+                memories: 1,
+                initial_memory: 1 << 17,
+                data_end: 70_000,
+                tables: 1,
+                table_elements: 1,
+                longest_name: 9,
+            }),
             unlinked: None,
         }
     }

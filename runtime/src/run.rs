@@ -108,6 +108,9 @@ pub struct Options {
     /// Leave every process without its sandbox, to measure what it costs: never with a component that you do not trust
     #[arg(long)]
     pub without_sandbox: bool,
+    /// What workers and keepers leave out, to measure what it costs
+    #[arg(long, hide = true, value_delimiter = ',', value_parser = ["log", "profile"])]
+    pub without: Vec<String>,
 }
 
 /// Reads the address of a name server, which has port 53 unless it says another.
@@ -280,6 +283,8 @@ struct Launcher {
     null: OwnedFd,
     /// Bytes of memory that each worker may have, and each keeper.
     memory: u64,
+    /// What workers and keepers leave out.
+    without: String,
     demand: Demand,
     cores: Cores,
     /// What waits for standard error.
@@ -310,6 +315,7 @@ impl Launcher {
         let memory = options.memory.unwrap_or(info.totalram * u64::from(info.mem_unit) / 2);
         Ok(Self {
             memory: memory / cores.workers.len().max(1) as u64,
+            without: options.without.join(" "),
             demand: if options.without_sandbox { Demand::Nothing } else { Demand::Possible },
             cores,
             dns,
@@ -457,7 +463,9 @@ impl Machine for Launcher {
                 }
                 all
             }
-            Kind::Worker | Kind::Keeper => vec![("GAIA_MEMORY".into(), self.memory.to_string())],
+            Kind::Worker | Kind::Keeper => {
+                vec![("GAIA_MEMORY".into(), self.memory.to_string()), ("GAIA_WITHOUT".into(), self.without.clone())]
+            }
             Kind::Log => {
                 let json = self.json.then(|| (JSON.into(), "1".into()));
                 [("GAIA_API".into(), self.socket.clone())].into_iter().chain(json).collect()

@@ -2,21 +2,25 @@
 //! when it is killed can still be read.
 //!
 //! ```text
-//! 0        256                                                            131,072                1,179,776
-//! │ worker │ brane 0 (128 bytes) │ brane 1 │ …                  brane 1,021 │ log: cursors │ records │
+//! 0        256                                                            131,072                1,179,776  1,183,744
+//! │ worker │ brane 0 (128 bytes) │ brane 1 │ …                  brane 1,021 │ log: cursors │ records │        │ profile of brane 0 │ …
 //! ```
 //!
-//! The kernel gives memory to the pages that are touched, so what is not used costs nothing.
+//! The kernel gives memory to the pages that are touched, so what is not used costs nothing. Of the profiles a worker maps as many
+//! as it has branes, and control none: it reads them by position, which touches nothing either.
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use gaia_init::supervise::STATISTICS_BYTES;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::histogram::Histogram;
 use crate::log::Ring;
+use crate::{histogram, stacks};
 
 /// Branes that have a row.
 pub const MAX_BRANES: usize = 1022;
@@ -73,7 +77,8 @@ pub struct Brane {
     pub killed: AtomicU64,
     /// Instances that are ready for a request now.
     pub ready: AtomicU64,
-    reserved: [AtomicU64; 1],
+    /// Answers of 500 and above, the guest's and the runtime's own.
+    pub failed: AtomicU64,
 }
 
 /// What one brane, or the worker itself, has in the log.
@@ -103,8 +108,144 @@ pub struct Page {
     pub log: Ring,
 }
 
-const _: () =
-    assert!(size_of::<Page>() as u64 <= STATISTICS_BYTES && size_of::<Worker>() == 256 && size_of::<Brane>() == 128);
+/// How long and how large the work of one brane in one worker is, and where it is at. There is one writer to it.
+#[repr(C, align(4096))]
+#[derive(Debug)]
+pub struct Profile {
+    /// Requests whose work in an instance has ended. All that follow are counted then.
+    pub finished: AtomicU64,
+    reserved: [AtomicU64; 7],
+    /// From dispatch to the guest's first instruction, in nanoseconds; of a pinned brane, its instances' starts.
+    pub cold: Histogram,
+    /// Wall time in the guest, in nanoseconds.
+    pub exec: Histogram,
+    /// Processor time, in nanoseconds.
+    pub cpu: Histogram,
+    /// What the instance held when it ended, or of a pinned brane when the request did, as `mem_max` counts it: memories, tables,
+    /// and what the host held for it. In bytes.
+    pub mem: Histogram,
+    /// Where its instances were when ticks came.
+    pub stacks: stacks::Tree,
+}
+
+/// Words of a profile before its histograms, and up to its stacks.
+const PROFILE_HEAD: usize = 8;
+const PROFILE_STACKS: usize = PROFILE_HEAD + 4 * histogram::WORDS;
+/// Where the profiles begin, in bytes.
+const PROFILES: u64 = (size_of::<Page>() as u64).next_multiple_of(4096);
+
+const _: () = assert!(size_of::<Worker>() == 256 && size_of::<Brane>() == 128);
+const _: () = assert!(PROFILES + (size_of::<Profile>() * MAX_BRANES) as u64 == STATISTICS_BYTES);
+const _: () = assert!(std::mem::offset_of!(Profile, stacks) == PROFILE_STACKS * 8);
+
+impl Profile {
+    /// Counts a request whose work has ended.
+    pub fn record(&self, exec: Duration, cpu: Duration, mem: u64) {
+        self.exec.record(histogram::nanos(exec));
+        self.cpu.record(histogram::nanos(cpu));
+        self.mem.record(mem);
+        histogram::add(&self.finished, 1);
+    }
+}
+
+/// The profiles of a worker's branes, mapped for their writer.
+#[derive(Debug)]
+pub struct Profiles {
+    at: NonNull<Profile>,
+    branes: usize,
+}
+
+// SAFETY: everything in a profile is atomic, so any thread may hold and use it.
+unsafe impl Send for Profiles {}
+// SAFETY: as above.
+unsafe impl Sync for Profiles {}
+
+impl Profiles {
+    /// Maps those of so many branes.
+    ///
+    /// # Errors
+    /// As [`Statistics::map`].
+    pub fn map(file: impl AsFd, branes: usize) -> Result<Self, rustix::io::Errno> {
+        is_whole(&file)?;
+        // One at least: nothing cannot be mapped.
+        let branes = branes.clamp(1, MAX_BRANES);
+        // SAFETY: as in `Statistics::map`; the bytes from `PROFILES` on are there, as is checked above.
+        let at = unsafe {
+            let length = branes * size_of::<Profile>();
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                file,
+                PROFILES,
+            )
+        }?;
+        Ok(Self { at: NonNull::new(at.cast()).ok_or(rustix::io::Errno::FAULT)?, branes })
+    }
+
+    /// That of the brane with this place.
+    #[must_use]
+    pub fn of(&self, index: usize) -> Option<&Profile> {
+        // SAFETY: mapped by `map` for so many, page-aligned as `Profile` wants it, until `drop`; any bytes are valid atomics.
+        (index < self.branes).then(|| unsafe { self.at.add(index).as_ref() })
+    }
+}
+
+impl Drop for Profiles {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length; no reference outlives `self`. A failure leaves it mapped: harmless.
+        let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), self.branes * size_of::<Profile>()) };
+    }
+}
+
+/// Reads words of a brane's profile by position: no page of it that was not touched is touched by this. What is not there is 0.
+fn words(file: impl AsFd, brane: usize, first: usize, number: usize) -> Vec<u64> {
+    let mut bytes = vec![0; number * 8];
+    let at = PROFILES + (brane * size_of::<Profile>() + first * 8) as u64;
+    let mut read = 0;
+    while brane < MAX_BRANES && read < bytes.len() {
+        match rustix::io::pread(&file, &mut bytes[read..], at + read as u64) {
+            Ok(0) => break,
+            Ok(more) => read += more,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => break,
+        }
+    }
+    bytes.as_chunks().0.iter().map(|word| u64::from_ne_bytes(*word)).collect()
+}
+
+/// How many requests of a brane have finished, by its worker's page.
+#[must_use]
+pub fn finished(file: impl AsFd, brane: usize) -> u64 {
+    words(file, brane, 0, 1)[0]
+}
+
+/// The distributions of a brane in its worker's page: cold, exec, cpu, mem.
+#[must_use]
+pub fn distributions(file: impl AsFd, brane: usize) -> [histogram::Counts; 4] {
+    let all = words(file, brane, PROFILE_HEAD, 4 * histogram::WORDS);
+    std::array::from_fn(|at| histogram::Counts::of(&all[at * histogram::WORDS..][..histogram::WORDS]))
+}
+
+/// The stacks of a brane in its worker's page.
+#[must_use]
+pub fn sampled(file: impl AsFd, brane: usize) -> stacks::Stacks {
+    stacks::Stacks::of(&words(file, brane, PROFILE_STACKS, stacks::WORDS))
+}
+
+/// Whether the file has the bytes that it must have, and cannot lose them.
+fn is_whole(file: impl AsFd) -> Result<(), rustix::io::Errno> {
+    use rustix::fs::SealFlags;
+    // In this order: once sealed, its size stays what it is found to be.
+    if !rustix::fs::fcntl_get_seals(&file)?.contains(SealFlags::SHRINK) {
+        return Err(rustix::io::Errno::PERM);
+    }
+    if rustix::fs::fstat(&file)?.st_size.cast_unsigned() < STATISTICS_BYTES {
+        return Err(rustix::io::Errno::INVAL);
+    }
+    Ok(())
+}
 
 /// A mapped page. It stays mapped as long as this lives.
 #[derive(Debug)]
@@ -121,14 +262,7 @@ impl Statistics {
     /// # Errors
     /// If the file is too short (`EINVAL`), can still shrink (`EPERM`: reading it might then fault), or cannot be mapped.
     pub fn map(file: impl AsFd) -> Result<Self, rustix::io::Errno> {
-        use rustix::fs::SealFlags;
-        // In this order: once sealed, its size stays what it is found to be.
-        if !rustix::fs::fcntl_get_seals(&file)?.contains(SealFlags::SHRINK) {
-            return Err(rustix::io::Errno::PERM);
-        }
-        if rustix::fs::fstat(&file)?.st_size.cast_unsigned() < STATISTICS_BYTES {
-            return Err(rustix::io::Errno::INVAL);
-        }
+        is_whole(&file)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address the kernel chooses, over a file that has at least these bytes and is
         // sealed against shrinking. Other processes may write to it at any time, which is why all in `Page` is atomic.
@@ -143,11 +277,20 @@ impl Statistics {
 impl Statistics {
     /// A page of its own, as init makes one.
     pub(crate) fn page() -> Arc<Self> {
+        Arc::new(Self::map(Self::file()).unwrap())
+    }
+
+    /// The profiles of so many branes.
+    pub(crate) fn profiles(branes: usize) -> Arc<Profiles> {
+        Arc::new(Profiles::map(Self::file(), branes).unwrap())
+    }
+
+    pub(crate) fn file() -> std::os::fd::OwnedFd {
         use rustix::fs::{MemfdFlags, SealFlags};
         let fd = rustix::fs::memfd_create("statistics", MemfdFlags::ALLOW_SEALING).unwrap();
         rustix::fs::ftruncate(&fd, STATISTICS_BYTES).unwrap();
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-        Arc::new(Self::map(&fd).unwrap())
+        fd
     }
 }
 
@@ -208,5 +351,29 @@ mod tests {
         assert_eq!(reader.branes[MAX_BRANES - 1].traps.load(Ordering::Relaxed), 3);
         drop(inside);
         assert_eq!(reader.worker.inside.load(Ordering::Relaxed), 0);
+    }
+
+    /// Would miss: a reader by position that looks elsewhere than the writer wrote, or that takes memory by looking.
+    #[test]
+    fn what_a_worker_counts_is_read_by_position_and_reading_takes_no_memory() {
+        let fd = Statistics::file();
+        let blocks = || rustix::fs::fstat(&fd).unwrap().st_blocks;
+        let profiles = Profiles::map(&fd, 3).unwrap();
+        assert!(profiles.of(3).is_none());
+        for brane in 0..MAX_BRANES {
+            assert_eq!(finished(&fd, brane), 0);
+            assert_eq!(distributions(&fd, brane), <[histogram::Counts; 4]>::default());
+            assert_eq!(sampled(&fd, brane), stacks::Stacks::default());
+        }
+        assert_eq!((blocks(), finished(&fd, MAX_BRANES)), (0, 0));
+        let profile = profiles.of(2).unwrap();
+        profile.cold.record(7);
+        profile.record(Duration::from_micros(42), Duration::from_micros(8), 1 << 20);
+        assert_eq!(finished(&fd, 2), 1);
+        let [cold, exec, cpu, mem] = distributions(&fd, 2).map(|of| (of.count(), of.max));
+        assert_eq!([cold, exec, cpu, mem], [(1, 7), (1, 42_000), (1, 8_000), (1, 1 << 20)]);
+        assert_eq!(finished(&fd, 1), 0);
+        // Of 140 KiB, what was touched.
+        assert!((1..=10 * 8).contains(&blocks()), "{} blocks", blocks());
     }
 }

@@ -16,7 +16,7 @@ use crate::control::report::{self, Given, Ps, Status};
 /// How often it looks.
 const EVERY: Duration = Duration::from_secs(1);
 /// What an answer may take: a key is not heard meanwhile.
-const PATIENCE: Duration = Duration::from_secs(3);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 /// Rows of a terminal of 80 columns that are taken by what is no brane.
 const HEAD: usize = 6;
 
@@ -121,7 +121,7 @@ pub fn watch(client: &Client, json: bool, out: &mut dyn Write) -> Result<(), Err
 pub const ENDS: &str = "q or Ctrl-C ends it\n";
 
 /// Waits for the next look. Whether it is over.
-fn ended(terminal: Option<&mut Terminal>, screen: &mut Screen) -> io::Result<bool> {
+pub(crate) fn ended(terminal: Option<&mut Terminal>, screen: &mut Screen) -> io::Result<bool> {
     let until = Instant::now() + EVERY;
     let Some(terminal) = terminal else {
         std::thread::sleep(EVERY);

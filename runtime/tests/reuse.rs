@@ -95,7 +95,7 @@ impl Slot {
         let (needs, artefact) = component;
         let mut pool = engine::pool(needs, MEM_MAX, 1, engine::resident(needs, 1, reset.share));
         (reset.set)(&mut pool);
-        let engine = engine::for_worker(pool, engine::WHOLE).unwrap();
+        let engine = engine::for_worker(pool, engine::WHOLE, true).unwrap();
         let began = Instant::now();
         let start = engine::memories(&engine, 1).unwrap()[0];
         println!("where the memory is, found in {:?}", began.elapsed());

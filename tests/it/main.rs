@@ -22,6 +22,7 @@ mod memory;
 mod pages;
 mod pinned;
 mod power;
+mod profile;
 mod registries;
 mod remote;
 mod requests;

@@ -6,6 +6,8 @@
 //! | `GET /v1/status`   | [`report::Status`]  |
 //! | `GET /v1/ps`       | [`report::Ps`]      |
 //! | `GET /v1/logs`     | [`report::Line`], one a line; `?brane=fetch&kind=REQ&since_ns=0&follow=true`, all of [`log::Query`] |
+//! | `GET /v1/profile`  | [`report::Profile`]; `?brane=fetch` or `?instance=counter.001` |
+//! | `GET /v1/profile/stacks` | [`report::Samples`], likewise |
 //! | `GET /v1/graphs`   | [`report::Graphs`]  |
 //! | `GET /v1/components/DIGEST` | [`report::Done`], or 404 |
 //! | `POST /v1/components` | [`report::Pushed`]; the body is the component, `?name=REFERENCE&digest=DIGEST` |
@@ -152,7 +154,8 @@ async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incom
         _ => {}
     }
     let known = |path: &str| {
-        let exact = matches!(path, "/v1/status" | "/v1/ps" | "/v1/logs" | "/v1/graphs" | "/v1/poweroff" | "/v1/reboot");
+        let exact = matches!(path, "/v1/status" | "/v1/ps" | "/v1/logs" | "/v1/graphs" | "/v1/poweroff" | "/v1/reboot")
+            || matches!(path, "/v1/profile" | "/v1/profile/stacks");
         let changes = matches!(path, "/v1/components" | "/v1/plan" | "/v1/deploy" | "/v1/rollback")
             || matches!(path, "/v1/secrets" | "/v1/secrets/remove");
         exact || changes || path.starts_with(COMPONENTS)
@@ -172,6 +175,8 @@ async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incom
             delivery::has(&control, path.strip_prefix(COMPONENTS).unwrap_or_default())
         }
         (&Method::GET, "/v1/ps") => json(StatusCode::OK, &ps(&control).await),
+        (&Method::GET, "/v1/profile") => control.profile(request.uri().query().unwrap_or_default()),
+        (&Method::GET, "/v1/profile/stacks") => control.stacks(request.uri().query().unwrap_or_default()),
         (&Method::GET, "/v1/logs") => match Query::parse(request.uri().query().unwrap_or_default()) {
             Ok(query) => logs(control, query),
             Err(wrong) => failed(StatusCode::BAD_REQUEST, &wrong),

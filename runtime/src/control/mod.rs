@@ -14,6 +14,7 @@ pub mod deploy;
 mod export;
 mod init;
 pub mod log;
+pub mod profile;
 mod pull;
 pub mod remote;
 pub mod report;
@@ -101,6 +102,8 @@ pub struct Worker {
     pub generation: u32,
     /// Its counters and its log.
     pub statistics: Statistics,
+    /// The same in memory that is not mapped, and what lies behind it: the profiles of its branes.
+    page: OwnedFd,
     channel: Channel,
     /// Questions that it has not answered yet.
     asked: RefCell<HashMap<u32, oneshot::Sender<OwnedFd>>>,
@@ -148,6 +151,7 @@ pub struct Control {
     device: crate::key::Key,
     refusals: RefCell<remote::Refusals>,
     past: RefCell<Past>,
+    profiles: profile::Profiles,
     /// What the last deploy failed with, or warned about.
     words: RefCell<Vec<String>>,
     tickets: Cell<u32>,
@@ -233,6 +237,7 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>, registries: 
         device,
         refusals: RefCell::default(),
         past: RefCell::default(),
+        profiles: profile::Profiles::default(),
         words: RefCell::default(),
         // Not where the control before this one began: its questions may still be answered.
         tickets: Cell::new(std::process::id() << 12),
@@ -245,6 +250,7 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>, registries: 
         let mut every = tokio::time::interval(BEAT);
         loop {
             every.tick().await;
+            beating.note_requests();
             beating.init.tell(&FromControl::Beat, &[]).await;
         }
     });
@@ -381,6 +387,7 @@ impl Control {
             pid,
             generation,
             statistics: Statistics::map(statistics)?,
+            page: statistics.try_clone()?,
             channel: Channel::new(channel)?,
             asked: RefCell::default(),
             look_ups: Cell::default(),
@@ -412,6 +419,7 @@ impl Control {
         if cause != "exited with status 0" {
             delivery::died(self, worker.generation, role, cause);
         }
+        self.profile_ended(&worker);
         worker.gone.set(true);
         worker.records.notify_one();
         let counted = &worker.statistics.worker;

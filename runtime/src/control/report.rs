@@ -11,6 +11,7 @@ use crate::log::text::{coloured_line, line};
 use crate::secrets::Secret;
 
 pub use super::init::Role;
+pub use super::profile::{Profile, Rate, Sampled, Samples, Trend, Work};
 pub use crate::worker::conversation::Instance;
 pub use gaia_init::given::Given;
 

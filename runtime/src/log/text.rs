@@ -107,7 +107,8 @@ pub fn clock(time: Duration) -> String {
 }
 
 /// `12,422`
-fn thousands(number: u64) -> String {
+#[must_use]
+pub fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

@@ -4,8 +4,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use super::pages::Pages;
 use super::turns::{Replica, Replicas, Turns};
 use crate::capability::Granted;
 use crate::log::{Log, Subject};
+use crate::stacks::{LONGEST_NAME, Sampler};
 use crate::{engine, link, plan, statistics};
 
 /// What a component's start may take: the longest seen (a JavaScript engine's, emulated) is about two seconds.
@@ -82,6 +83,8 @@ pub struct Brane {
     log: Arc<Log>,
     granted: Granted,
     means: Rc<Means>,
+    /// Takes samples of its instances' stacks, if that is wanted. Never waited for: there is one thread.
+    sampler: Option<Arc<Mutex<Sampler>>>,
     /// Its replicas' windows, if it has a quota.
     replicas: Option<Rc<Replicas>>,
     made: Cell<u64>,
@@ -120,7 +123,8 @@ impl Brane {
         let slots = plan.slots(place.1);
         let resident = engine::resident(&plan.needs, slots, means.kept_of_each);
         let pool = engine::pool(&plan.needs, plan.mem_max, slots, resident);
-        let engine = engine::for_worker(pool, plan.reservation).map_err(at("engine and pool"))?;
+        let has_short_names = plan.needs.longest_name <= LONGEST_NAME;
+        let engine = engine::for_worker(pool, plan.reservation, has_short_names).map_err(at("engine and pool"))?;
         let pages =
             Pages::of(&engine, &plan.needs, plan.mem_max, slots, resident).map_err(at("the pool's memories"))?;
         let path = format!("/proc/self/fd/{}", artefact.as_raw_fd());
@@ -131,6 +135,8 @@ impl Brane {
         granted.vars.extend(plan.secrets.iter().map(|(name, value)| (name.clone(), value.reveal().to_owned())));
         let linker = link::linker(&engine, granted.capabilities()).map_err(at("linker"))?;
         let pre = linker.instantiate_pre(&component).and_then(ProxyPre::new).map_err(at("link"))?;
+        let profiles = means.profiles.as_ref().filter(|_| has_short_names);
+        let sampler = profiles.map(|profiles| Arc::new(Mutex::new(Sampler::new(Arc::clone(profiles), index))));
         Ok(Self {
             plan: plan.clone(),
             host,
@@ -141,6 +147,7 @@ impl Brane {
             log,
             granted,
             means,
+            sampler,
             replicas: plan.cpu_quota.and_then(|quota| Replicas::new(slots, quota)),
             made: Cell::new(0),
             place,
@@ -206,8 +213,7 @@ impl Brane {
         let ready = self.ready.borrow_mut().pop();
         let instance = if let Some(mut instance) = ready {
             self.count().ready.fetch_sub(1, Relaxed);
-            // Its ticks have passed while it waited: it would be sent behind all others at its first instruction.
-            instance.store.set_epoch_deadline(self.first_tick());
+            self.begins(&mut instance.store);
             instance
         } else {
             self.empty()
@@ -274,9 +280,19 @@ impl Brane {
         store.set_max_component_handles(HANDLES);
         // At each tick the guest lets others run: when it goes on, `Turns::run` decides. Deadlines are the business of
         // whoever waits for it.
-        let yielded = Arc::clone(&self.means.turns.yielded);
-        store.set_epoch_deadline(self.first_tick());
-        store.epoch_deadline_callback(move |_| {
+        let turns = &self.means.turns;
+        let (yielded, ticks, sampler) = (Arc::clone(&turns.yielded), Arc::clone(&turns.ticks), self.sampler.clone());
+        self.begins(&mut store);
+        store.epoch_deadline_callback(move |store| {
+            let (now, own) = (ticks.now(), ticks.take());
+            let runs_until = store.data().runs_until;
+            // A tick that came while it waited says nothing of where its time goes.
+            if let Some(sampler) = sampler.as_ref().filter(|_| own > 0) {
+                sampler.lock().unwrap_or_else(PoisonError::into_inner).ticked(&store);
+            }
+            if now < runs_until {
+                return Ok(UpdateDeadline::Continue(1));
+            }
             yielded.store(true, Relaxed);
             // Wakes nobody, as Wasmtime's own yield does: that would be its next turn at once.
             let mut polled = false;
@@ -288,10 +304,16 @@ impl Brane {
         store
     }
 
-    /// After how many ticks an instance lets others run for the first time. The first comes at any moment, so with two it has a
-    /// whole tick at least: whoever needs less than that does not queue behind guests that spin. A quota is kept tick by tick.
-    pub(super) fn first_tick(&self) -> u64 {
-        if self.replicas.is_some() { 1 } else { 2 }
+    /// An instance begins to work. The ticks that have passed while it waited are not its own: it would be sent behind all others at its
+    /// first instruction.
+    ///
+    /// The first tick comes at any moment, so it lets others run at the second, and has a whole one at least: whoever needs less than that
+    /// does not queue behind guests that spin. A quota is kept tick by tick.
+    pub(super) fn begins(&self, store: &mut Store<Host>) {
+        let ticks = if self.replicas.is_some() { 1 } else { 2 };
+        store.data_mut().runs_until = self.means.turns.ticks.now() + ticks;
+        // At the first it is seen where it is, if it is to be seen at all.
+        store.set_epoch_deadline(if self.sampler.is_some() { 1 } else { ticks });
     }
 
     /// The order of turns on its core.
@@ -304,6 +326,12 @@ impl Brane {
     #[must_use]
     pub fn replica(&self) -> Option<Replica> {
         self.replicas.as_ref()?.take(self.turns())
+    }
+
+    /// Where it is counted how long and how large its work is.
+    #[must_use]
+    pub fn profile(&self) -> Option<&statistics::Profile> {
+        self.means.profiles.as_ref()?.of(self.index)
     }
 
     /// Its linked component.

@@ -25,6 +25,7 @@ use crate::capability::http::Requests;
 use crate::capability::{Granted, Instance, Network, clock, sockets, tmp};
 use crate::log::{Event, Log, MAX_TEXT, Stream, Subject};
 use crate::plan::Plan;
+use crate::statistics::Profiles;
 
 /// Handles an instance may hold at a time, on the host's side and on its own.
 pub const HANDLES: usize = 1024;
@@ -83,6 +84,8 @@ pub struct Host {
     calls: u32,
     /// Its memory, bounded.
     pub memory: Memory,
+    /// The tick at which it lets others run for the first time. One before that only tells where it is.
+    pub runs_until: u64,
 }
 
 /// An instance's file system and its files' clock.
@@ -105,6 +108,8 @@ pub struct Means {
     pub pressure: Arc<Pressure>,
     /// What the slots of each brane may keep between requests, in bytes.
     pub kept_of_each: u64,
+    /// Where it is counted how long and how large guests' work is; nothing where nobody wants to know.
+    pub profiles: Option<Arc<Profiles>>,
 }
 
 /// Chunks of 64 KiB that a worker keeps, zeroed, for the next file system.
@@ -114,7 +119,15 @@ impl Default for Means {
     fn default() -> Self {
         let pressure = Arc::<Pressure>::default();
         let reaper = Reaper::new(Arc::<Pressure>::clone(&pressure), SPARE_CHUNKS);
-        Self { reaper, reaping: Cell::new(false), turns: Turns::default(), pressure, network: None, kept_of_each: 0 }
+        Self {
+            reaper,
+            reaping: Cell::new(false),
+            turns: Turns::default(),
+            pressure,
+            network: None,
+            kept_of_each: 0,
+            profiles: None,
+        }
     }
 }
 
@@ -169,6 +182,7 @@ impl Host {
             files: granted.tmp.map(files),
             calls: 0,
             memory: Memory::new(mem_max, held, Arc::clone(&means.pressure)),
+            runs_until: 0,
         }
     }
 

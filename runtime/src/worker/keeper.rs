@@ -49,9 +49,10 @@ use super::memory::Held;
 use super::serve::word;
 use super::turns::{Replica, TICK, thread_cpu};
 use crate::channel::{Channel, read_whole};
+use crate::histogram::nanos;
 use crate::log::{Event, Log, Subject};
 use crate::plan::{self, Plan};
-use crate::statistics::{Statistics, While};
+use crate::statistics::{Profiles, Statistics, While};
 
 /// What the start of an instance may take: as much as in a worker.
 const MADE_WITHIN: Duration = Duration::from_secs(20);
@@ -148,12 +149,17 @@ fn start(place: &Place, replica: u32, descriptors: &mut Descriptors, demand: Dem
     let reach = plan.reach();
     sandbox::enter(&reach, demand)?;
     let [of_it] = plan.branes.as_slice() else { anyhow::bail!("the plan of a keeper has one brane") };
-    let statistics = Arc::new(Statistics::map(descriptors.take("statistics")?).context("mapping the statistics")?);
-    let log = Arc::new(Log::new(Arc::clone(&statistics)));
+    let page = descriptors.take("statistics")?;
+    let statistics = Arc::new(Statistics::map(&page).context("mapping the statistics")?);
+    let log = Arc::new(place.measured.log(Arc::clone(&statistics)));
     let artefact = descriptors.take(&format!("file-{ARTEFACT}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
-    let means = Rc::new(Means::of(&plan, 0)?);
+    let mut means = Means::of(&plan, 0)?;
+    if place.measured.is_profiled {
+        means.profiles = Some(Arc::new(Profiles::map(&page, 1).context("mapping the profiles")?));
+    }
+    let means = Rc::new(means);
     let brane = super::linked(of_it, 0, (0, 1), &artefact, &log, &means)?;
     drop(artefact);
     // Workers and this one: of the others it knows nothing.
@@ -298,6 +304,9 @@ impl Keeper {
         let cold = since.elapsed();
         brane.count().instances.fetch_add(1, Relaxed);
         brane.count().cold_ns.fetch_add(u64::try_from(cold.as_nanos()).unwrap_or(u64::MAX), Relaxed);
+        if let Some(profile) = brane.profile() {
+            profile.cold.record(nanos(cold));
+        }
         self.there.replace(Some((Instant::now(), Arc::clone(&held))));
         Ok(Kept { store, proxy, held, cold, since: Instant::now() })
     }
@@ -350,11 +359,11 @@ impl Keeper {
             return (Some(kept), None);
         }
         self.means.turns.something_was_done();
-        // Its ticks have passed while it waited: it would be sent behind all others at its first instruction.
-        kept.store.set_epoch_deadline(self.brane.first_tick());
+        self.brane.begins(&mut kept.store);
         let _busy = While::counted(&self.statistics, |page| &page.branes[0].busy);
         let sending = Rc::new(Sending { head: RefCell::new(Some(head)), ..Sending::default() });
         let bodiless = *request.method() == Method::HEAD;
+        let began = Instant::now();
         let ended = match self.call(&mut kept, request, deadline, bodiless, &sending, &cpu).await {
             Ok(ended) => ended,
             Err((what, e)) => {
@@ -364,6 +373,9 @@ impl Keeper {
                 return (None, Some(turn));
             }
         };
+        if let Some(profile) = self.brane.profile() {
+            profile.record(began.elapsed(), cpu.get(), kept.held.memory.load(Relaxed));
+        }
         sending.broken.set(!matches!(ended, Ended::Returned | Ended::Exited));
         sending.ended(match ended {
             Ended::Returned | Ended::Exited => Outcome::Nothing,
@@ -382,6 +394,7 @@ impl Keeper {
             }
         }
         if let Some(status) = sending.status.get() {
+            self.brane.count().failed.fetch_add(u64::from(status >= 500), Relaxed);
             self.log(&Event::Response { status, cpu: cpu.get(), text: "".into() });
         }
         match ended {

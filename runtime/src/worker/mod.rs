@@ -44,7 +44,7 @@ use crate::channel::{Channel, is_sealed, read_whole};
 use crate::kept;
 use crate::log::Log;
 use crate::plan::{self, Plan};
-use crate::statistics::Statistics;
+use crate::statistics::{Profiles, Statistics};
 use brane::Brane;
 use memory::Meter;
 use pinned::Pinned;
@@ -80,6 +80,26 @@ struct Place {
     housekeeping: Vec<usize>,
     /// Bytes of memory that it may have, or all of them together if they have a cgroup.
     memory: Option<u64>,
+    measured: Measured,
+}
+
+/// What is written of requests, for whoever measures what that costs.
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    is_logged: bool,
+    is_profiled: bool,
+}
+
+impl Measured {
+    /// By what the supervisor says is left out: `log profile`.
+    fn without(words: &str) -> Self {
+        let has = |word: &str| words.split(' ').all(|left_out| left_out != word);
+        Self { is_logged: has("log"), is_profiled: has("profile") }
+    }
+
+    fn log(self, page: Arc<Statistics>) -> Log {
+        if self.is_logged { Log::new(page) } else { Log::silent(page) }
+    }
 }
 
 impl Place {
@@ -89,6 +109,7 @@ impl Place {
             role,
             housekeeping: parse_list(&var("GAIA_HOUSEKEEPING")?).context("GAIA_HOUSEKEEPING is no list of cores")?,
             memory: memory.map(|bytes| bytes.parse().context("GAIA_MEMORY")).transpose()?,
+            measured: Measured::without(&std::env::var("GAIA_WITHOUT").unwrap_or_default()),
         })
     }
 
@@ -127,17 +148,22 @@ fn start(place: &Place, core: usize, number: u32, descriptors: &mut Descriptors,
     let plan: Plan = serde_json::from_slice(&plan).context("reading the plan")?;
     let reach = plan.reach();
     sandbox::enter(&reach, demand)?;
-    let statistics = Arc::new(Statistics::map(descriptors.take("statistics")?).context("mapping the statistics")?);
-    let log = Arc::new(Log::new(Arc::clone(&statistics)));
+    let page = descriptors.take("statistics")?;
+    let statistics = Arc::new(Statistics::map(&page).context("mapping the statistics")?);
+    let log = Arc::new(place.measured.log(Arc::clone(&statistics)));
     let artefacts = descriptors.take_all("file-");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
     // Without a limit there is no end.
     let kept =
         place.memory.map_or(u64::MAX, |limit| memory::kept_of_each(limit, plan.processes(), plan.here().count()));
-    let means = Rc::new(host::Means::of(&plan, kept)?);
+    let mut means = host::Means::of(&plan, kept)?;
+    if place.measured.is_profiled {
+        means.profiles = Some(Arc::new(Profiles::map(&page, plan.branes.len()).context("mapping the profiles")?));
+    }
+    let means = Rc::new(means);
     let branes = link_all(&plan, number, &artefacts, &log, &means)?;
-    drop(artefacts);
+    drop((artefacts, page));
     let kept = plan.branes.iter().enumerate().filter(|(_, brane)| brane.keeper.is_some());
     let kept =
         kept.map(|(index, brane)| Ok(Rc::new(Pinned::new(brane, index, Arc::clone(&statistics), Rc::clone(&means))?)));

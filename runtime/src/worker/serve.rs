@@ -30,6 +30,7 @@ use super::memory::Held;
 use super::pinned::PassedBody;
 use super::route::{self, Target};
 use super::turns::thread_cpu;
+use crate::histogram::nanos;
 use crate::log::{Event, Subject};
 use crate::statistics::While;
 
@@ -146,6 +147,8 @@ struct Exchange {
     ready: Cell<bool>,
     /// How long it was at work; nothing if the client was gone before it was done.
     exec: Cell<Option<Duration>>,
+    /// What the instance held at its end, in bytes.
+    held: Cell<u64>,
     /// The guest's work has ended; what is left is the release.
     ended: Cell<bool>,
     late: Cell<bool>,
@@ -165,6 +168,7 @@ impl Exchange {
             instance: Cell::default(),
             ready: Cell::default(),
             exec: Cell::default(),
+            held: Cell::default(),
             ended: Cell::default(),
             late: Cell::default(),
             inside: Cell::new(Some(While::counted(&worker.statistics, |page| &page.worker.inside))),
@@ -188,12 +192,21 @@ impl Drop for Exchange {
     fn drop(&mut self) {
         let status = self.status.get();
         if status > 0 {
+            if let (Subject::Brane(index, _), 500..) = (self.subject.get(), status) {
+                self.worker.statistics.branes[index].failed.fetch_add(1, Relaxed);
+            }
             let text = self.why.borrow();
             self.log(&Event::Response { status, cpu: self.cpu.get(), text: text.as_ref().into() });
         }
         if let Some((cold, since)) = self.instance.get() {
             let text = if self.exec.get().is_none() && !self.late.get() { "the client was gone" } else { "" };
             let exec = self.exec.get().unwrap_or_else(|| since.elapsed());
+            if let (Subject::Brane(index, _), Some(profiles)) = (self.subject.get(), &self.worker.means.profiles)
+                && let Some(profile) = profiles.of(index)
+            {
+                profile.cold.record(nanos(cold));
+                profile.record(exec, self.cpu.get(), self.held.get());
+            }
             self.log(&Event::End { cold, exec, ready: self.ready.get(), text: text.into() });
         }
     }
@@ -479,6 +492,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
+        self.exchange.held.set(self.held.memory.load(Relaxed));
         self.brane.end(self.serial);
     }
 }

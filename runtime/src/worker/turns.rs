@@ -207,6 +207,33 @@ fn nanos(d: Duration) -> u64 {
     u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Ticks, as guests see them. One for all: one is polled at a time.
+#[derive(Debug, Default)]
+pub struct Ticks {
+    now: AtomicU64,
+    seen: AtomicU64,
+}
+
+impl Ticks {
+    /// Ticks until now.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        self.now.load(Relaxed)
+    }
+
+    /// A turn begins: no tick before it is its own.
+    pub fn turn_begins(&self) {
+        self.seen.store(self.now(), Relaxed);
+    }
+
+    /// The ticks of this turn that were not taken before.
+    #[must_use]
+    pub fn take(&self) -> u64 {
+        let now = self.now();
+        now.saturating_sub(self.seen.swap(now, Relaxed))
+    }
+}
+
 /// The order of turns in one worker.
 #[derive(Debug)]
 pub struct Turns {
@@ -215,6 +242,8 @@ pub struct Turns {
     pub yielded: Arc<AtomicBool>,
     /// When the last tick was, in nanoseconds; set by the thread that ticks.
     pub ticked: Arc<AtomicU64>,
+    /// Ticks until now, and how many of them the guest that is polled has seen: those of its turn tell where it is.
+    pub ticks: Arc<Ticks>,
     /// Held by the next in the queue.
     next: Semaphore,
     /// Grows with everything that is done for a request or a connection and is no turn of this queue.
@@ -227,6 +256,7 @@ impl Default for Turns {
             since: Instant::now(),
             yielded: Arc::default(),
             ticked: Arc::default(),
+            ticks: Arc::default(),
             next: Semaphore::new(1),
             done: Cell::default(),
         }
@@ -251,8 +281,12 @@ impl Turns {
 
     /// The clock of ticks, for the thread that ticks.
     pub fn ticker(&self) -> impl Fn() + Send + 'static {
-        let (since, ticked) = (self.since, Arc::clone(&self.ticked));
-        move || ticked.store(nanos(since.elapsed()), Relaxed)
+        let (since, ticked, ticks) = (self.since, Arc::clone(&self.ticked), Arc::clone(&self.ticks));
+        move || {
+            ticked.store(nanos(since.elapsed()), Relaxed);
+            // Before the epochs, so that whoever is stopped by a tick finds it counted.
+            ticks.now.fetch_add(1, Relaxed);
+        }
     }
 
     /// Something was done that guests at the end of their tick come behind.
@@ -313,6 +347,7 @@ impl Turns {
                     return Poll::Ready(Turn::Refused);
                 }
                 self.yielded.store(false, Relaxed);
+                self.ticks.turn_begins();
                 let before = clock();
                 let polled = work.as_mut().poll(cx);
                 let had = clock().saturating_sub(before);

@@ -78,7 +78,7 @@ fn measure(row: &mut Row, place: &Place) -> Result<()> {
         mem_max: "1 MiB",
         grants: "clock = { resolution = \"ms\" }",
     };
-    let mut server = gaia(&graph, &place.branes.join("wait.wasm"), place, false)?;
+    let mut server = gaia(&graph, &place.branes.join("wait.wasm"), place, false, &[])?;
     let request = |sleep_ms: u32| Request {
         to: server.to,
         bytes: format!("GET /wait?touch_kib={TOUCHED_KIB}&sleep_ms={sleep_ms} HTTP/1.1\r\nHost: a\r\n\r\n")

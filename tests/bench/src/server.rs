@@ -36,6 +36,10 @@ pub enum Kind {
     GaiaPooled,
     /// Gaia: instances that stay.
     GaiaPinned,
+    /// As `gaia-ephemeral`, without log and profile: what these cost.
+    GaiaBare,
+    /// As `gaia-ephemeral`, without profile alone.
+    GaiaUnprofiled,
     /// As `gaia-ephemeral`, with all of Gaia's processes on the server's core.
     GaiaOneCore,
     /// `wasmtime serve` as shipped.
@@ -152,7 +156,7 @@ impl Kind {
     #[must_use]
     pub fn lifecycle(self) -> Option<&'static str> {
         match self {
-            Self::GaiaEphemeral | Self::GaiaOneCore => Some("ephemeral"),
+            Self::GaiaEphemeral | Self::GaiaBare | Self::GaiaUnprofiled | Self::GaiaOneCore => Some("ephemeral"),
             Self::GaiaPooled => Some("pooled"),
             Self::GaiaPinned => Some("pinned"),
             _ => None,
@@ -181,11 +185,21 @@ impl Kind {
                 command.arg("native").arg(to.to_string());
                 Server::spawn(command, to, &[place.server], tempfile::tempdir()?)?
             }
-            Self::GaiaEphemeral | Self::GaiaPooled | Self::GaiaPinned | Self::GaiaOneCore => {
+            Self::GaiaEphemeral
+            | Self::GaiaBare
+            | Self::GaiaUnprofiled
+            | Self::GaiaPooled
+            | Self::GaiaPinned
+            | Self::GaiaOneCore => {
                 let replicas = if self == Self::GaiaPinned { PINNED } else { INSTANCES };
                 let graph = Graph::of(workload, self.lifecycle().unwrap_or_default(), replicas);
                 let component = place.component(workload)?;
-                let mut server = gaia(&graph, &component, place, self == Self::GaiaOneCore)?;
+                let without: &[&str] = match self {
+                    Self::GaiaBare => &["--without", "log,profile"],
+                    Self::GaiaUnprofiled => &["--without", "profile"],
+                    _ => &[],
+                };
+                let mut server = gaia(&graph, &component, place, self == Self::GaiaOneCore, without)?;
                 if self != Self::GaiaOneCore {
                     server.keep_housekeeping_off(place)?;
                 }
@@ -242,17 +256,17 @@ impl Place {
     }
 }
 
-/// Runs a graph with one worker, on the server's core.
+/// Runs a graph with one worker, on the server's core, with these arguments besides.
 ///
 /// # Errors
 /// If it cannot be started; whether it is ready is another question.
-pub fn gaia(graph: &Graph, component: &Path, place: &Place, one_core: bool) -> Result<Server> {
+pub fn gaia(graph: &Graph, component: &Path, place: &Place, one_core: bool, more: &[&str]) -> Result<Server> {
     let (to, folder) = (free()?, tempfile::tempdir()?);
     std::fs::copy(component, folder.path().join(format!("{}.wasm", graph.name)))?;
     let manifest = folder.path().join("graph.zgraph.toml");
     std::fs::write(&manifest, graph.manifest())?;
     let mut command = Command::new(std::path::absolute(&place.gaia)?);
-    command.arg("run").arg(manifest).args(["--workers", "1", "--listen", &to.to_string()]);
+    command.arg("run").arg(manifest).args(["--workers", "1", "--listen", &to.to_string()]).args(more);
     command.env("XDG_RUNTIME_DIR", folder.path());
     // With two cores a worker runs on the first of them.
     let both = [place.server, place.client];
