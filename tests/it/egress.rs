@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use gaia_tests::http;
 use gaia_tests::workstation::{Folder, Run};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::PrivateKeyDer;
@@ -25,7 +26,11 @@ pub(crate) struct Server {
 
 /// Serves each connection with `serve`, in a thread of its own, until the tests end.
 fn server(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Server {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    server_at("127.0.0.1:0", serve)
+}
+
+fn server_at(address: &str, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Server {
+    let listener = TcpListener::bind(address).unwrap();
     let port = listener.local_addr().unwrap().port();
     let connections = Arc::new(AtomicUsize::new(0));
     let (count, serve) = (Arc::clone(&connections), Arc::new(serve));
@@ -67,9 +72,13 @@ type Zone = HashMap<&'static str, &'static [&'static [&'static str]]>;
 
 /// A name server; where it is. None of its answers may be remembered.
 fn names(zone: &[(&'static str, &'static [&'static [&'static str]])]) -> String {
+    names_at("127.0.0.1:0", zone)
+}
+
+pub(crate) fn names_at(address: &str, zone: &[(&'static str, &'static [&'static [&'static str]])]) -> String {
     let zone: Zone = zone.iter().copied().collect();
     let mut asked = HashMap::new();
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let socket = UdpSocket::bind(address).unwrap();
     let address = socket.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
         let mut query = [0; 1500];
@@ -161,6 +170,13 @@ fn a_request_that_is_granted_is_answered_and_logged() {
     assert!(body.contains(r#""count":7,"works":[{"id":"W1","title":"one"}]"#), "{body}");
     let line = format!(" REQ 127.0.0.1:{}/works bytes={} dur=", small.port, PAGE.len());
     logged(&run, "fetch", &[&line]);
+    // Of an answer that came through nobody says that its client was gone, though it closes the connection then; nor of one that
+    // is all head.
+    let head = format!("HEAD /fetch?url={} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", encoded(&url));
+    http::exchange(run.port, head.as_bytes(), LINE_WITHIN).unwrap();
+    let ends = |lines: &[String]| lines.iter().filter(|line| line.contains(" END ")).count();
+    run.output.until(LINE_WITHIN, |lines| ends(lines) == 2).unwrap();
+    assert!(run.output.all().iter().all(|line| !line.contains("gone")), "{:#?}", run.output.all());
     let (status, body) = fetch(&run, "fetch", &format!("http://127.0.0.1:{}/large", large.port));
     assert_eq!((status, body.len() > titles.len()), (200, true), "four megabytes come through whole");
     let digits = large_length.to_string();
@@ -265,6 +281,15 @@ fn each_connection_and_each_hop_is_checked_anew() {
 
 /// A certificate authority: its certificate in PEM, and a server that shows one of its certificates for these names.
 fn secure(names: &[&str]) -> (String, Server) {
+    secure_at("127.0.0.1:0", names, |_| PAGE.to_owned())
+}
+
+/// The same at this address, with a page for each request's head.
+pub(crate) fn secure_at(
+    address: &str,
+    names: &[&str],
+    page: impl Fn(&str) -> String + Send + Sync + 'static,
+) -> (String, Server) {
     let key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -278,13 +303,14 @@ fn secure(names: &[&str]) -> (String, Server) {
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
     let config = config.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key).unwrap();
     let config = Arc::new(config);
-    let server = server(move |stream| {
+    let server = server_at(address, move |stream| {
         let connection = rustls::ServerConnection::new(Arc::clone(&config)).unwrap();
         let mut stream = rustls::StreamOwned::new(connection, stream);
-        if head(&mut stream).is_empty() {
+        let head = head(&mut stream);
+        if head.is_empty() {
             return;
         }
-        let _ = stream.write_all(answer("200 OK", PAGE).as_bytes());
+        let _ = stream.write_all(answer("200 OK", &page(&head)).as_bytes());
         stream.conn.send_close_notify();
         let _ = stream.flush();
     });
@@ -342,6 +368,21 @@ fn an_upstream_that_never_answers_ends_with_the_deadline() {
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).unwrap();
     assert!(String::from_utf8(rest).unwrap().starts_with("GET /slow HTTP/1.1\r\n"));
+}
+
+/// Would miss: a guest that goes on for nobody, and a line that does not say why it ended.
+#[test]
+fn a_client_that_hangs_up_is_said_to_be_gone() {
+    let (asked, told) = std::sync::mpsc::channel();
+    let slow = server(move |stream| asked.send(stream).unwrap());
+    let graph = fetching("fetch", &[&format!("127.0.0.1:{}", slow.port)]);
+    let run = Folder::with(&graph).unwrap().run(&[]).unwrap().serving().unwrap();
+    let mut client = TcpStream::connect(("127.0.0.1", run.port)).unwrap();
+    let url = encoded(&format!("http://127.0.0.1:{}/slow", slow.port));
+    client.write_all(format!("GET /fetch?url={url} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).unwrap();
+    let _upstream = told.recv_timeout(LINE_WITHIN).unwrap();
+    drop(client);
+    logged(&run, "fetch", &[" END ", "pooled✓ the client was gone"]);
 }
 
 /// Would miss: names that are looked up without a grant, addresses that no guest may know, a resolver of the machine's,

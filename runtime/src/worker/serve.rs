@@ -145,13 +145,15 @@ struct Exchange {
     instance: Cell<Option<(Duration, Instant)>>,
     /// It was ready.
     ready: Cell<bool>,
-    /// How long it was at work; nothing if the client was gone before it was done.
+    /// How long it was at work; nothing if it was ended before it was done, because its answer was whole or the client gone.
     exec: Cell<Option<Duration>>,
     /// What the instance held at its end, in bytes.
     held: Cell<u64>,
     /// The guest's work has ended; what is left is the release.
     ended: Cell<bool>,
     late: Cell<bool>,
+    /// The whole answer was given out to be sent: nothing of the guest's is missed any more.
+    whole: Cell<bool>,
     /// Counts it among the requests inside. It is held as long as the exchange, so until the answer has gone out: what a
     /// worker's end costs is then told whole.
     inside: Cell<Option<While>>,
@@ -171,6 +173,7 @@ impl Exchange {
             held: Cell::default(),
             ended: Cell::default(),
             late: Cell::default(),
+            whole: Cell::default(),
             inside: Cell::new(Some(While::counted(&worker.statistics, |page| &page.worker.inside))),
         }
     }
@@ -199,7 +202,8 @@ impl Drop for Exchange {
             self.log(&Event::Response { status, cpu: self.cpu.get(), text: text.as_ref().into() });
         }
         if let Some((cold, since)) = self.instance.get() {
-            let text = if self.exec.get().is_none() && !self.late.get() { "the client was gone" } else { "" };
+            let given_up = self.exec.get().is_none() && !self.late.get() && !self.whole.get();
+            let text = if given_up { "the client was gone" } else { "" };
             let exec = self.exec.get().unwrap_or_else(|| since.elapsed());
             if let (Subject::Brane(index, _), Some(profiles)) = (self.subject.get(), &self.worker.means.profiles)
                 && let Some(profile) = profiles.of(index)
@@ -271,6 +275,7 @@ async fn dispatch(
     if request.body().size_hint().lower() > body_max {
         return Err(too_large());
     }
+    let head_only = request.method() == Method::HEAD;
     let deadline = began + plan.deadline;
     connection.until.set(Some(deadline));
     let brane = match target {
@@ -305,8 +310,11 @@ async fn dispatch(
             let late = Box::pin(tokio::time::sleep_until(deadline.into()));
             let (reset, exchange) = (Rc::clone(&connection.broken), Rc::clone(exchange));
             exchange.status.set(response.status().as_u16());
+            let left = if head_only { Some(0) } else { announced(&response) };
+            exchange.whole.set(left == Some(0));
             Ok(response.map(|body| {
-                let body = GuestBody { body, late, broken, reset, brane, exchange, _task: task, _at_work: at_work };
+                let body =
+                    GuestBody { body, left, late, broken, reset, brane, exchange, _task: task, _at_work: at_work };
                 Either::Right(Either::Left(body))
             }))
         }
@@ -324,6 +332,14 @@ async fn dispatch(
             Err(_) => Err(own(StatusCode::INTERNAL_SERVER_ERROR, "the runtime failed")),
         },
     }
+}
+
+/// How many bytes an answer's body has, if its head says so: `Content-Length`, or a status that has no body.
+fn announced<B>(response: &Response<B>) -> Option<u64> {
+    if matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+        return Some(0);
+    }
+    response.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 /// The name of an error code without what it carries: that may be the guest's words, and they are for the log.
@@ -600,6 +616,8 @@ impl Drop for Task {
 /// is reset: the part must not look like the whole.
 pub struct GuestBody {
     body: HyperOutgoingBody,
+    /// Bytes that are still to come, if the head said how many there are: behind the last of them nobody asks for the end.
+    left: Option<u64>,
     late: Pin<Box<Sleep>>,
     broken: Arc<AtomicBool>,
     reset: Rc<Cell<bool>>,
@@ -620,6 +638,11 @@ impl Body for GuestBody {
             return Poll::Ready(Some(Err(Error::HttpResponseTimeout)));
         }
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let (Some(Ok(frame)), Some(left)) = (&frame, self.left) {
+            self.left = Some(left.saturating_sub(frame.data_ref().map_or(0, Bytes::len) as u64));
+        }
+        let whole = (frame.is_none() && !self.broken.load(Relaxed)) || self.left == Some(0);
+        self.exchange.whole.set(whole);
         match frame {
             None if self.broken.load(Relaxed) => {
                 self.reset.set(true);
@@ -723,6 +746,19 @@ mod tests {
         }
         let (read, _) = read(request(two, "GET", "http://a.example/x", &[]), true).unwrap();
         assert_eq!(read.uri().to_string(), "https://a.example/x", "what the connection is, not what was said");
+    }
+
+    #[test]
+    fn an_answer_says_how_long_it_is_or_does_not() {
+        let of = |status: u16, length: Option<&str>| {
+            let answer = Response::builder().status(status);
+            let answer = length.map_or(Response::builder().status(status), |l| answer.header("content-length", l));
+            announced(&answer.body(()).unwrap())
+        };
+        assert_eq!(of(200, Some("12")), Some(12));
+        assert_eq!(of(200, Some("0")), Some(0));
+        assert_eq!([of(200, None), of(200, Some("x")), of(404, None)], [None; 3]);
+        assert_eq!([of(204, None), of(304, Some("12"))], [Some(0); 2]);
     }
 
     #[test]
