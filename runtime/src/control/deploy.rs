@@ -310,6 +310,10 @@ pub(super) async fn start(control: &Control, planned: Planned) -> anyhow::Result
     // What is not needed any more need not be kept to compile it less often.
     control.compiled.borrow_mut().retain(|of, _| needs(&plan, of));
     control.forget_plans();
+    if !plan.branes.is_empty() {
+        // From now on it would be untrue in the status.
+        control.words.borrow_mut().retain(|words| words != NO_GRAPH);
+    }
     Ok(())
 }
 
