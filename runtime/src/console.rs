@@ -109,8 +109,11 @@ fn reply(
         Ok(words) => words,
         Err(e) => return writeln!(out, "{e}"),
     };
-    if words.first().is_some_and(|first| first == "gaia" || first == "ω") {
-        words.remove(0);
+    // As it stands in a shell, also copied together with the prompt.
+    for before in ["ω", "gaia"] {
+        if words.first().is_some_and(|first| first == before) {
+            words.remove(0);
+        }
     }
     if words.is_empty() {
         return Ok(());
@@ -295,7 +298,10 @@ mod tests {
     #[test]
     fn gaia_in_front_is_taken_and_nonsense_is_answered() {
         assert_eq!(reply(&nobody(), Mode::Operate, "\n"), "");
-        assert!(reply(&nobody(), Mode::Operate, "gaia status\n").contains("is the appliance up?"));
+        for line in ["gaia status\n", "ω gaia status\n", "ω status\n"] {
+            assert!(reply(&nobody(), Mode::Operate, line).contains("is the appliance up?"), "{line}");
+        }
+        assert!(reply(&nobody(), Mode::Operate, "gaia ω status\n").contains("ω"));
         assert!(reply(&nobody(), Mode::Operate, "sh\n").contains("sh"));
         let told = reply(&nobody(), Mode::Operate, "statsu\n");
         assert!(told.contains("a similar subcommand exists: 'status'"), "{told}");
