@@ -12,7 +12,7 @@ use serde_json::Value;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -167,6 +167,11 @@ impl MachineBuilder {
     /// Whether the guest is cut off from everything outside (it is, unless told otherwise); forwards work either way.
     pub fn restrict(self, restrict: bool) -> Self {
         self.user_net(|user| user.restrict = restrict)
+    }
+
+    /// The network's own IPv4 address and the length of its prefix, instead of 10.0.2.0/24: see [`UserNet::network`].
+    pub fn network(self, address: Ipv4Addr, length: u8) -> Self {
+        self.user_net(|user| user.network = (address, length))
     }
 
     fn user_net(mut self, change: impl FnOnce(&mut UserNet)) -> Self {
@@ -664,8 +669,10 @@ mod tests {
 -nic none
 -device virtio-rng-pci";
         assert_eq!(argv(&builder, &Accel::Kvm { because: String::new() }, None, None), golden);
-        let open = argv(&builder.restrict(false), &tcg(), None, None);
+        let open = argv(&builder.clone().restrict(false), &tcg(), None, None);
         assert!(open.contains("-netdev user,id=net0,restrict=off\n"), "{open}");
+        let elsewhere = argv(&builder.network(Ipv4Addr::new(192, 0, 2, 0), 24), &tcg(), None, None);
+        assert!(elsewhere.contains("-netdev user,id=net0,restrict=on,net=192.0.2.0/24\n"), "{elsewhere}");
     }
 
     #[test]

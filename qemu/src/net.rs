@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::str::FromStr;
 
 /// The machine's one network card is wired to this.
@@ -15,7 +16,7 @@ use std::str::FromStr;
 pub enum Net {
     /// No card at all.
     None,
-    /// QEMU's user-mode network: DHCP at 10.0.2.2, the guest is 10.0.2.15, no root needed.
+    /// QEMU's user-mode network: DHCP at 10.0.2.2 and the guest is 10.0.2.15 unless another is named; no root needed.
     User(UserNet),
 }
 
@@ -27,11 +28,14 @@ pub struct UserNet {
     /// The guest reaches nothing outside, neither the host nor any network. Forwards still work, and so do
     /// their answers. On unless switched off.
     pub restrict: bool,
+    /// The network's own address and the length of its prefix. The second address in it is the gateway's, which leads to the
+    /// loopback of this machine, the fifteenth the guest's. 10.0.2.0/24 unless named.
+    pub network: (Ipv4Addr, u8),
 }
 
 impl Default for UserNet {
     fn default() -> Self {
-        Self { forwards: Vec::new(), restrict: true }
+        Self { forwards: Vec::new(), restrict: true, network: (Ipv4Addr::new(10, 0, 2, 0), 24) }
     }
 }
 
@@ -84,6 +88,9 @@ impl Net {
             Self::User(user) => {
                 let mut netdev = vec!["user".to_owned(), "id=net0".to_owned()];
                 netdev.push(format!("restrict={}", if user.restrict { "on" } else { "off" }));
+                if user.network != UserNet::default().network {
+                    netdev.push(format!("net={}/{}", user.network.0, user.network.1));
+                }
                 let rule = |forward: &Forward| format!("hostfwd=tcp:127.0.0.1:{}-:{}", forward.host, forward.guest);
                 netdev.extend(user.forwards.iter().map(rule));
                 // No option ROM: nothing boots from the network, and loading it costs time.
