@@ -122,6 +122,10 @@ it: named ready image test-image ## run one test that boots the appliance: T=nam
 fuzz: setup $(FUZZERS:%=out/bin/fuzz-%) ## search for inputs that break a parser: T=manifest, allow, settings, wire, files, sites, answers, store; SECONDS=600
 	@for target in $(FUZZ_RUNS); do tests/fuzz/run.sh $$target $(or $(SECONDS),600) $(CACHE)/fuzz/$$target; done
 
+.PHONY: pictures
+pictures: ready image ## take those of docs/pictures anew that are not what is seen any more
+	@BLESS=1 cargo test $(FLAGS) --test it -- --test-threads=1 --nocapture picture
+
 # Only what is named on the command line, so that the program's own defaults hold.
 .PHONY: bench
 bench: setup image out/bin/gaia-bench out/bin/gaia-trivial ## measure beside others, into bench/: QUICK=1, or ROUNDS=5 DURATION=3 CONCURRENCY=1,16,64

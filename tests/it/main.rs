@@ -20,6 +20,7 @@ mod limits;
 mod logs;
 mod memory;
 mod pages;
+mod pictures;
 mod pinned;
 mod power;
 mod profile;

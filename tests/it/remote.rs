@@ -25,7 +25,7 @@ const FROM: &str = "10.0.2.2";
 /// Somebody with a key, and what `gaia` keeps of theirs.
 pub(crate) struct Person {
     pub(crate) folder: tempfile::TempDir,
-    key: PublicKey,
+    pub(crate) key: PublicKey,
 }
 
 impl Person {

@@ -6,8 +6,11 @@
 pub mod growth;
 pub mod http;
 pub mod nbd;
+pub mod picture;
+pub mod terminal;
 pub mod workstation;
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
@@ -86,12 +89,14 @@ pub struct Setup {
     data: Vec<Drive>,
     test_image: bool,
     restrict: bool,
+    network: Option<Ipv4Addr>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let (graph, settings, files) = (Some(HELLO.into()), SETTINGS.into(), Vec::new());
-        Self { graph, settings, files, cpus: 2, memory_mib: 512, data: Vec::new(), test_image: true, restrict: true }
+        let (cpus, memory_mib, data) = (2, 512, Vec::new());
+        Self { graph, settings, files, cpus, memory_mib, data, test_image: true, restrict: true, network: None }
     }
 }
 
@@ -149,6 +154,13 @@ impl Setup {
     #[must_use]
     pub fn open(mut self) -> Self {
         self.restrict = false;
+        self
+    }
+
+    /// In this network of 24 bits, from which it reaches the loopback of the test, at its gateway's address: the second one.
+    #[must_use]
+    pub fn network(mut self, address: Ipv4Addr) -> Self {
+        self.network = Some(address);
         self
     }
 
@@ -224,6 +236,10 @@ impl Appliance {
             .forward(Forward::to(CONTROL_PORT))
             .restrict(setup.restrict)
             .debug_channel(setup.test_image);
+        let builder = match setup.network {
+            Some(address) => builder.network(address, 24).restrict(false),
+            None => builder,
+        };
         let builder = setup.data.iter().cloned().fold(builder, MachineBuilder::drive);
         Ok(Self { machine: Machine::boot(&builder)?, _seed: seed, violations_meant: AtomicBool::new(false) })
     }
@@ -481,7 +497,7 @@ impl Appliance {
 
 /// What the kernel says about clocks when a busy host starves the emulation while they are calibrated: true, and not of
 /// the appliance's making.
-const STARVED: [&str; 2] = ["tsc: Unable to calibrate against PIT", "APIC calibration not consistent"];
+pub const STARVED: [&str; 2] = ["tsc: Unable to calibrate against PIT", "APIC calibration not consistent"];
 
 /// The kernel's own lines in a transcript. At the level the appliance boots with, each is a warning or worse; only the
 /// last words of a machine that switches itself off are not.
