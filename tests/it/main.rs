@@ -30,6 +30,7 @@ mod requests;
 mod run;
 mod sandbox;
 mod secrets;
+mod seed;
 mod soak;
 mod supervision;
 mod workers;
