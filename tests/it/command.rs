@@ -60,7 +60,7 @@ fn text(bytes: &[u8]) -> String {
 
 /// One JSON value for each line.
 fn values(bytes: &[u8]) -> Vec<Value> {
-    let line = |line: &str| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line:?}: {e}"));
+    let line = |line: &str| serde_json::from_str(line).map_err(|e| format!("{line:?}: {e}")).unwrap();
     text(bytes).lines().map(line).collect()
 }
 

@@ -329,7 +329,7 @@ impl Drop for Stop<'_> {
 
 /// What a failure in JSON says.
 fn why(error: &str) -> String {
-    let failure: Value = serde_json::from_str(error).unwrap_or_else(|e| panic!("{e}: {error}"));
+    let failure: Value = serde_json::from_str(error).map_err(|e| format!("{e}: {error}")).unwrap();
     failure["error"].as_str().unwrap().to_owned()
 }
 

@@ -62,6 +62,11 @@ impl Person {
         String::from_utf8(output.stderr).unwrap()
     }
 
+    /// The exit status of the command.
+    fn status(&self, port: u16, arguments: &[&str]) -> Option<i32> {
+        self.on(port, arguments).status.code()
+    }
+
     fn shown(&self) -> Arc<CertifiedKey> {
         let pem = std::fs::read(self.file("key")).unwrap();
         let key =
@@ -111,6 +116,7 @@ fn who_is_listed_operates_and_who_is_not_does_not() {
     let port = appliance.control_port().unwrap();
 
     // Not known, and nobody is there to be asked.
+    assert_eq!(ann.status(port, &["status"]), Some(4));
     let told = ann.fails(port, &["status"]);
     assert!(told.contains(&format!("trust {key}")), "{told}");
     assert!(!ann.file("known_hosts").exists());
@@ -145,6 +151,7 @@ fn who_is_listed_operates_and_who_is_not_does_not() {
         let line = format!("control: refused {FROM}: key {} is not an operator's", stranger.key);
         appliance.line(&line, ANSWER_WITHIN).unwrap();
     }
+    assert_eq!(stranger.status(port, &["--json", "ps"]), Some(4));
     let told = stranger.fails(port, &["trust", &stranger.key.to_string()]);
     assert!(told.contains("known_hosts:1: "), "{told}");
 
