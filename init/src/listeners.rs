@@ -16,6 +16,9 @@ pub const CONTROL_BACKLOG: i32 = 64;
 /// What the name of a socket on which operators reach control begins with: `control-tls-v4`.
 pub const CONTROL_PREFIX: &str = "control-tls-";
 
+/// What the name of a socket on which control answers with metrics begins with: `metrics-v4`.
+pub const METRICS_PREFIX: &str = "metrics-";
+
 /// What is spoken on a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
@@ -120,6 +123,16 @@ pub fn open(addresses: &[(Protocol, SocketAddr)], cores: &[usize]) -> Opened {
 /// there. Those who are accepted inherit it: control may set nothing of the kind.
 #[must_use]
 pub fn open_control(port: u16) -> (Vec<(String, OwnedFd)>, Vec<Error>) {
+    open_for_control(CONTROL_PREFIX, port)
+}
+
+/// Opens the sockets on which control answers with metrics, of both families, with their names.
+#[must_use]
+pub fn open_metrics(port: u16) -> (Vec<(String, OwnedFd)>, Vec<Error>) {
+    open_for_control(METRICS_PREFIX, port)
+}
+
+fn open_for_control(prefix: &str, port: u16) -> (Vec<(String, OwnedFd)>, Vec<Error>) {
     let (mut sockets, mut errors) = (Vec::new(), Vec::new());
     for (address, family) in [(IpAddr::V4(Ipv4Addr::UNSPECIFIED), "v4"), (IpAddr::V6(Ipv6Addr::UNSPECIFIED), "v6")] {
         let address = SocketAddr::new(address, port);
@@ -135,7 +148,7 @@ pub fn open_control(port: u16) -> (Vec<(String, OwnedFd)>, Vec<Error>) {
             Ok(socket)
         });
         match socket {
-            Ok(socket) => sockets.push((format!("{CONTROL_PREFIX}{family}"), socket)),
+            Ok(socket) => sockets.push((format!("{prefix}{family}"), socket)),
             Err(e) if address.is_ipv6() && e.source == rustix::io::Errno::AFNOSUPPORT => {}
             Err(e) => errors.push(e),
         }

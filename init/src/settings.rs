@@ -39,6 +39,8 @@ pub struct Settings {
     pub control: Control,
     /// `[logs]`
     pub logs: Logs,
+    /// `[metrics]`
+    pub metrics: Metrics,
     /// `[operators]`: who may operate the appliance over the network, by a name for the log; nobody unless listed.
     pub operators: BTreeMap<Operator, PublicKey>,
     /// `[registry]`: which registries manifests may name.
@@ -243,6 +245,41 @@ impl Default for Control {
     }
 }
 
+/// Where control answers with metrics in the clear, if it does.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// The TCP port, on all addresses; none, unless it is named.
+    pub port: Option<u16>,
+    /// Networks from which they may be asked for; from everywhere, if none is named. At most [`MAX_NETWORKS`].
+    pub allow: Vec<Prefix>,
+}
+
+/// The most networks that may ask for metrics: control is told of all of them in one variable.
+pub const MAX_NETWORKS: usize = 64;
+
+/// What is wrong with where metrics are.
+fn check_metrics(settings: &Settings) -> Result<(), String> {
+    let Settings { metrics, ingress, control, operators, .. } = settings;
+    if metrics.allow.len() > MAX_NETWORKS {
+        return Err(format!("metrics.allow: at most {MAX_NETWORKS} networks"));
+    }
+    let Some(port) = metrics.port else {
+        let meant = metrics.allow.is_empty();
+        return if meant { Ok(()) } else { Err("metrics.allow: there is no metrics.port".to_owned()) };
+    };
+    if port == 0 {
+        return Err("metrics.port: 0 is not a port; name one from 1 to 65535, or leave it away to have none".to_owned());
+    }
+    if ingress.http.contains(&port) || ingress.https.contains(&port) {
+        return Err(format!("metrics.port: port {port} is one of the ingress's; name another: [metrics] port = 9464"));
+    }
+    if !operators.is_empty() && control.port == port {
+        return Err(format!("metrics.port: port {port} is the operators'; name another: [metrics] port = 9464"));
+    }
+    Ok(())
+}
+
 /// An operator's name: 1 to 32 of the letters, digits, `.`, `-` and `_` of ASCII. It stands in the log.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(try_from = "String")]
@@ -300,6 +337,27 @@ pub struct Prefix {
     pub length: u8,
 }
 
+impl Prefix {
+    /// Whether an address is of this network.
+    #[must_use]
+    pub fn covers(&self, address: IpAddr) -> bool {
+        let same = |a: u128, b: u128, bits: u32| bits == 0 || (a ^ b) >> (128 - bits) == 0;
+        match (self.address, address) {
+            (IpAddr::V4(net), IpAddr::V4(one)) => {
+                same(u128::from(net.to_bits()) << 96, u128::from(one.to_bits()) << 96, self.length.into())
+            }
+            (IpAddr::V6(net), IpAddr::V6(one)) => same(net.to_bits(), one.to_bits(), self.length.into()),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.length)
+    }
+}
+
 impl FromStr for Prefix {
     type Err = String;
 
@@ -344,6 +402,7 @@ pub fn parse(text: &str) -> Result<Settings, String> {
     }
     settings.ingress.check()?;
     check_operators(&settings)?;
+    check_metrics(&settings)?;
     if let Some(name) = settings.egress.roots.iter().find(|name| !is_beside_the_graph(name)) {
         return Err(format!("egress.roots: {name:?} is not the name of a file beside the graph"));
     }
@@ -392,6 +451,17 @@ mod tests {
         let s = s.unwrap();
         let ann = s.operators.iter().next().unwrap();
         assert_eq!((s.control.port, ann.0.to_string().as_str(), ann.1.0[0]), (9000, "ann", 0xd7));
+        let s =
+            parse("[metrics]\nport = 9464\nallow = [\"192.0.2.0/24\", \"2001:db8::/32\", \"0.0.0.0/0\"]\n").unwrap();
+        assert_eq!((s.metrics.port, s.metrics.allow[1].to_string().as_str()), (Some(9464), "2001:db8::/32"));
+        for (address, covers) in [
+            ("192.0.2.255", [true, false, true]),
+            ("192.0.3.0", [false, false, true]),
+            ("2001:db8:ffff::1", [false, true, false]),
+        ] {
+            let of: Vec<bool> = s.metrics.allow.iter().map(|p| p.covers(address.parse().unwrap())).collect();
+            assert_eq!(of, covers, "{address}");
+        }
         let s = parse("[ingress]\nhttps = [443, 8443]\ncertificate = \"site.pem\"\nkey = \"site.key\"\n").unwrap();
         assert_eq!((s.ingress.https.as_slice(), s.ingress.http.as_slice()), (&[443, 8443][..], &[80][..]));
         assert_eq!((s.ingress.certificate.as_deref(), s.ingress.key.as_deref()), (Some("site.pem"), Some("site.key")));
@@ -424,6 +494,14 @@ mod tests {
             (
                 "[control]\nport = 80\n[operators]\nann = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"",
                 "port 80",
+            ),
+            ("[metrics]\nport = 0", "not a port"),
+            ("[metrics]\nport = 80", "port 80"),
+            ("[metrics]\nallow = [\"10.0.0.0/8\"]", "no metrics.port"),
+            ("[metrics]\nport = 9464\nallow = [\"10.0.0.1\"]", "line 3"),
+            (
+                "[metrics]\nport = 7250\n[operators]\nann = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo\"",
+                "is the operators'",
             ),
             ("[operators]\nann = \"ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHUR\"", "line 2, column 7"),
             ("[operators]\nann = \"ssh-ed25519 AAAA\"", "gaia key"),

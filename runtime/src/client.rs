@@ -330,6 +330,17 @@ impl Client {
         self.ask(Method::GET, "/v1/graphs")
     }
 
+    /// `GET /metrics`, as text: in the form of `OpenMetrics`, or in that which Prometheus reads.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn metrics(&self, open_metrics: bool) -> Result<String, Error> {
+        let accept = if open_metrics { "application/openmetrics-text" } else { "text/plain" };
+        let asked = Request::builder().method(Method::GET).uri("/metrics").header(header::ACCEPT, accept);
+        let (_, bytes) = self.bytes(asked, Bytes::new(), self.within)?;
+        String::from_utf8(bytes.into()).map_err(|e| self.broken(&e))
+    }
+
     /// `GET /v1/secrets`: of one brane, or of all.
     ///
     /// # Errors
@@ -477,7 +488,7 @@ impl Client {
         runtime()?.block_on(self.shown(async {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
-                let answer = self.answered(sender, method, path, body).await?;
+                let answer = self.answered(sender, Request::builder().method(method).uri(path), body).await?;
                 let theirs = version(&answer);
                 begun(answer.headers());
                 let (mut body, mut text) = (answer.into_body(), Vec::new());
@@ -532,13 +543,13 @@ impl Client {
     async fn answered(
         &self,
         mut sender: Sender,
-        method: Method,
-        path: &str,
+        request: http::request::Builder,
         body: Bytes,
     ) -> Result<Response<Incoming>, Error> {
-        let request = Request::builder().method(method).uri(path).header(header::HOST, "appliance");
+        let request = request.header(header::HOST, "appliance");
         let body = Sent { all: body.len() as u64, rest: body, progress: self.progress.clone() };
         let request = request.body(body).map_err(|e| self.broken(&e))?;
+        let path = request.uri().path().to_owned();
         let response = sender.send_request(request).await.map_err(|e| self.broken(&e))?;
         let status = response.status();
         if status.is_success() && status != StatusCode::NO_CONTENT {
@@ -572,14 +583,24 @@ impl Client {
         body: Bytes,
         within: Duration,
     ) -> Result<T, Error> {
+        let (theirs, answer) = self.bytes(Request::builder().method(method).uri(path), body, within)?;
+        serde_json::from_slice(&answer).map_err(|e| not_understood(theirs.as_ref(), &e))
+    }
+
+    /// A whole answer, and of which version whoever gave it is.
+    fn bytes(
+        &self,
+        request: http::request::Builder,
+        body: Bytes,
+        within: Duration,
+    ) -> Result<(Option<String>, Bytes), Error> {
         let conversation = async {
             let (sender, connection) = self.connection().await?;
             let exchange = async {
-                let response = self.answered(sender, method, path, body).await?;
+                let response = self.answered(sender, request, body).await?;
                 let theirs = version(&response);
-                let body =
-                    Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| self.broken(&*e))?;
-                serde_json::from_slice(&body.to_bytes()).map_err(|e| not_understood(theirs.as_ref(), &e))
+                let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+                Ok((theirs, body.map_err(|e| self.broken(&*e))?.to_bytes()))
             };
             match tokio::join!(exchange, connection) {
                 // Whoever heard how it ended may be the connection.

@@ -68,7 +68,7 @@ enum Command {
         suggest: bool,
     },
     /// Run a graph right here, without an appliance: the same runtime, its log on standard output
-    Run(run::Options),
+    Run(Box<run::Options>),
     /// A prompt that takes these commands: what the serial port of the appliance runs
     Console,
     /// What a shell needs to know to offer commands, branes and hosts on Tab: source <(gaia completions bash)

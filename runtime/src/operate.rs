@@ -42,6 +42,12 @@ pub enum Command {
         #[arg(long, short)]
         yes: bool,
     },
+    /// What is counted, in the text that Prometheus reads
+    Metrics {
+        /// In the form that its own standard gives it (`application/openmetrics-text`)
+        #[arg(long)]
+        open_metrics: bool,
+    },
     /// Values that branes are given under a name: set, list, remove
     #[command(subcommand)]
     Secret(secret::Command),
@@ -134,7 +140,8 @@ impl Command {
     #[must_use]
     pub fn changes(&self) -> bool {
         match self {
-            Self::Status | Self::Ps | Self::Logs { .. } | Self::Profile(_) | Self::Graphs | Self::Top => false,
+            Self::Status | Self::Ps | Self::Logs { .. } | Self::Metrics { .. } => false,
+            Self::Profile(_) | Self::Graphs | Self::Top => false,
             Self::Secret(command) => command.changes(),
             Self::Rollback { .. } | Self::Poweroff { .. } | Self::Reboot { .. } => true,
         }
@@ -173,6 +180,9 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
         }
         Command::Profile(options) => return profile::run(options, client, json, out),
         Command::Top => return top::watch(client, json, out),
+        Command::Metrics { open_metrics } => {
+            client.metrics(*open_metrics).map(|shown| text(&Metrics { text: shown }, json, |m| m.text.clone()))
+        }
         Command::Secret(command) => return secret::run(command, client, json, out),
         Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),
         Command::Rollback { yes } => {
@@ -257,6 +267,12 @@ pub fn show(client: &Client, json: bool, out: &mut dyn Write) -> Result<(), Erro
         written.is_ok()
     })?;
     written.map_err(Error::Output)
+}
+
+/// What is counted, as JSON has it.
+#[derive(Serialize)]
+struct Metrics {
+    text: String,
 }
 
 fn text<T: Serialize>(value: &T, json: bool, human: impl FnOnce(&T) -> String) -> String {

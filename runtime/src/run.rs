@@ -31,7 +31,7 @@ use anyhow::Context as _;
 use gaia_init::collector::Collector;
 use gaia_init::cores::Cores;
 use gaia_init::lines::Lines;
-use gaia_init::listeners::{self, Listener, Protocol};
+use gaia_init::listeners::{self, Listener, METRICS_PREFIX, Protocol};
 use gaia_init::registries::Registries;
 use gaia_init::roles::{Kind, Place, Role};
 use gaia_init::sandbox::{self, Demand};
@@ -99,6 +99,9 @@ pub struct Options {
     /// The registries, and as whom each is asked: the tables [registry] and [registries] of gaia.toml, or docker's config.json
     #[arg(long, value_name = "FILE")]
     pub registries: Option<PathBuf>,
+    /// Where to answer /metrics in the clear
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<SocketAddr>,
     /// Memory that all workers together may have, as in 512MiB; half of the machine's, if not said
     #[arg(long, value_name = "SIZE", value_parser = gaia_manifest::units::size)]
     pub memory: Option<u64>,
@@ -178,11 +181,17 @@ pub fn run(options: &Options, json: bool) -> anyhow::Result<ExitCode> {
     for root in options.roots.iter().chain(&options.secrets) {
         File::open(root).with_context(|| format!("{}", root.display()))?;
     }
+    let metrics = options.metrics.map(|address| {
+        let listener = TcpListener::bind(address);
+        listener.with_context(|| format!("{address} cannot be had; another one: --metrics 127.0.0.1:9465"))
+    });
+    let metrics = metrics.transpose()?;
     let registries = registries(options)?;
     let mut launcher = Launcher::new(options, folder.map(OwnedFd::from), data.map(OwnedFd::from), &own, cores.clone())?;
     launcher.registries = (!registries.is_empty()).then(|| registries.sealed()).transpose()?;
     launcher.json = json;
     launcher.progress = Progress::on_terminal(!json);
+    launcher.metrics = metrics.map(OwnedFd::from);
     let mut missing = vec!["users of their own", "cgroups"];
     if options.without_sandbox {
         anyhow::ensure!(
@@ -280,6 +289,8 @@ struct Launcher {
     secrets: Option<String>,
     secured: Option<(String, String)>,
     export: Option<Collector>,
+    /// The socket on which control answers with metrics.
+    metrics: Option<OwnedFd>,
     null: OwnedFd,
     /// Bytes of memory that each worker may have, and each keeper.
     memory: u64,
@@ -326,6 +337,7 @@ impl Launcher {
                 None => None,
             },
             export: options.log_export.clone(),
+            metrics: None,
             file: options.file.as_ref().map(|file| file.to_string_lossy().into_owned()),
             watch: options.watch,
             folder,
@@ -441,6 +453,7 @@ impl Machine for Launcher {
                 all.extend(self.folder.as_ref().map(|folder| ("seed".into(), folder.as_fd())));
                 all.extend(self.data.as_ref().map(|data| ("data".into(), data.as_fd())));
                 all.extend(self.registries.as_ref().map(|file| ("registries".into(), file.as_fd())));
+                all.extend(self.metrics.as_ref().map(|socket| (format!("{METRICS_PREFIX}run"), socket.as_fd())));
                 all
             }
             _ => Vec::new(),

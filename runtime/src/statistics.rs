@@ -25,6 +25,9 @@ use crate::{histogram, stacks};
 /// Branes that have a row.
 pub const MAX_BRANES: usize = 1022;
 
+/// The statuses of answers that the runtime gives itself. That of a head which is too long, 431, is the HTTP server's own.
+pub const OWN_STATUSES: [u16; 8] = [400, 404, 413, 500, 501, 502, 503, 504];
+
 /// Counts of a whole worker. All only grow, unless said otherwise.
 #[repr(C, align(64))]
 #[derive(Debug, Default)]
@@ -45,7 +48,18 @@ pub struct Worker {
     pub output: AtomicU64,
     /// What the log holds of the worker itself, and what it has dropped.
     pub log: Account,
-    reserved: [AtomicU64; 21],
+    /// Answers the runtime gave itself, by status: [`OWN_STATUSES`].
+    pub own: [AtomicU64; OWN_STATUSES.len()],
+    reserved: [AtomicU64; 13],
+}
+
+impl Worker {
+    /// Counts an answer that the runtime gave itself.
+    pub fn answered_itself(&self, status: u16) {
+        if let Some(count) = OWN_STATUSES.iter().position(|own| *own == status).and_then(|at| self.own.get(at)) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Counts of one brane in one worker. All only grow, unless said otherwise.

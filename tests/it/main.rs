@@ -19,6 +19,7 @@ mod lifecycles;
 mod limits;
 mod logs;
 mod memory;
+mod metrics;
 mod pages;
 mod pictures;
 mod pinned;

@@ -53,6 +53,8 @@ pub(crate) struct Appliance {
     operators: String,
     /// The collector of the log, as control reads it.
     export: Option<String>,
+    /// The networks that may ask for metrics, as control reads them.
+    collectors: String,
     /// The files of the ingress's certificate and its key, if there are any.
     secured: Option<(String, String)>,
 }
@@ -95,6 +97,7 @@ impl Appliance {
             control,
             operators: operators.join(" "),
             export: settings.logs.export.as_ref().map(ToString::to_string),
+            collectors: settings.metrics.allow.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
             secured,
         })
     }
@@ -180,6 +183,7 @@ impl Machine for Appliance {
                 let mut all = vec![("GAIA_DNS".into(), self.dns.clone()), ("GAIA_ROOTS".into(), self.roots.clone())];
                 all.push(("GAIA_OPERATORS".into(), self.operators.clone()));
                 all.extend(self.export.clone().map(|to| ("GAIA_LOG_EXPORT".into(), to)));
+                all.push(("GAIA_METRICS_ALLOW".into(), self.collectors.clone()));
                 if let Some((certificate, key)) = &self.secured {
                     all.push(("GAIA_CERTIFICATE".into(), certificate.clone()));
                     all.push(("GAIA_KEY".into(), key.clone()));

@@ -26,7 +26,7 @@ use std::process::ExitCode;
 use gaia_init::cores::Cores;
 use gaia_init::listeners::{Listener, Opened, Protocol};
 use gaia_init::roles::Kind;
-use gaia_init::settings::{ConsoleMode, Settings};
+use gaia_init::settings::{ConsoleMode, Prefix, Settings};
 use gaia_init::supervise::Supervisor;
 use gaia_init::{listeners, registries, settings};
 use rustix::fs::{Mode, OFlags};
@@ -66,6 +66,9 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     let listeners = report.step("listeners", || listen(&settings.ingress, &cores));
     let api = report.step("control socket", machine::api_socket).ok();
     let mut control = report.step("operators", || operators(&settings)).unwrap_or_default();
+    if let Some(port) = settings.metrics.port {
+        control.extend(report.step("metrics", || metrics(port, &settings.metrics.allow)).unwrap_or_default());
+    }
     control.extend(api.map(|socket| ("api".to_owned(), socket)));
     // Before the watchdog, which nobody feeds meanwhile: a long journal is no hang.
     let data = report.step("data", data::open).ok().flatten();
@@ -130,6 +133,18 @@ fn operators(settings: &Settings) -> Result<(Vec<(String, OwnedFd)>, String), re
         said = format!("FAILED: {wrong}; what is there: {said}");
     }
     Ok((sockets, said))
+}
+
+/// Opens the sockets on which control answers with metrics.
+fn metrics(port: u16, allowed: &[Prefix]) -> Result<(Vec<(String, OwnedFd)>, String), report::Failure> {
+    let (sockets, errors) = listeners::open_metrics(port);
+    let wrong = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let whom = allowed.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let said = format!("on port {port}, in the clear, for {}", if whom.is_empty() { "everybody" } else { &whom });
+    if sockets.is_empty() {
+        return Err(format!("no socket listens {said}: {wrong}").into());
+    }
+    Ok((sockets, if wrong.is_empty() { said } else { format!("FAILED: {wrong}; what is there: {said}") }))
 }
 
 /// Reads `gaia.toml`. What does not parse becomes safe defaults, and the console says why.

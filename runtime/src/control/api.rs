@@ -17,6 +17,7 @@
 //! | `GET /v1/secrets`  | [`report::Secrets`], without values; `?brane=fetch` |
 //! | `POST /v1/secrets` | [`report::Step`], one a line; the body is [`report::SetSecret`] |
 //! | `POST /v1/secrets/remove` | the same; the body is [`report::RemoveSecret`] |
+//! | `GET /metrics`     | what is counted: see `metrics` |
 //! | `POST /v1/poweroff`| [`report::Done`]    |
 //! | `POST /v1/reboot`  | [`report::Done`]    |
 //!
@@ -47,7 +48,7 @@ use super::delivery;
 use super::log::{self, Place, Query};
 use super::remote::Visit;
 use super::report::{self, Done, Failed, Ps, Status};
-use super::{Control, Runs, secrets};
+use super::{Control, Runs, metrics, secrets};
 use crate::client::SERVER;
 use crate::statistics;
 
@@ -156,7 +157,7 @@ async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incom
     let known = |path: &str| {
         let exact = matches!(path, "/v1/status" | "/v1/ps" | "/v1/logs" | "/v1/graphs" | "/v1/poweroff" | "/v1/reboot")
             || matches!(path, "/v1/profile" | "/v1/profile/stacks");
-        let changes = matches!(path, "/v1/components" | "/v1/plan" | "/v1/deploy" | "/v1/rollback")
+        let changes = matches!(path, metrics::PATH | "/v1/components" | "/v1/plan" | "/v1/deploy" | "/v1/rollback")
             || matches!(path, "/v1/secrets" | "/v1/secrets/remove");
         exact || changes || path.starts_with(COMPONENTS)
     };
@@ -170,6 +171,7 @@ async fn answer(control: Rc<Control>, caller: Rc<Caller>, request: Request<Incom
             Err(e) => failed(StatusCode::SERVICE_UNAVAILABLE, &format!("init does not answer: {e}")),
         },
         (&Method::GET, "/v1/graphs") => delivery::graphs(&control),
+        (&Method::GET, metrics::PATH) => metrics::answer(&control, request.headers()).await.map(Either::Left),
         (&Method::GET, "/v1/secrets") => secrets::list(&control, request.uri().query().unwrap_or_default()).await,
         (&Method::GET, path) if path.starts_with(COMPONENTS) => {
             delivery::has(&control, path.strip_prefix(COMPONENTS).unwrap_or_default())

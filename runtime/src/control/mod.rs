@@ -14,6 +14,7 @@ pub mod deploy;
 mod export;
 mod init;
 pub mod log;
+mod metrics;
 pub mod profile;
 mod pull;
 pub mod remote;
@@ -35,7 +36,7 @@ use anyhow::Context as _;
 use artefact::{Artefact, Key};
 use gaia_egress::resolve::{self, Resolve as _, Stub};
 use gaia_init::descriptors::Descriptors;
-use gaia_init::listeners::CONTROL_PREFIX;
+use gaia_init::listeners::{CONTROL_PREFIX, METRICS_PREFIX};
 use gaia_init::sandbox::{self, Demand};
 use gaia_init::wire::{self, FromControl};
 use tokio::sync::{Notify, oneshot};
@@ -152,6 +153,8 @@ pub struct Control {
     refusals: RefCell<remote::Refusals>,
     past: RefCell<Past>,
     profiles: profile::Profiles,
+    /// What processes counted that are gone.
+    counted: RefCell<metrics::Counted>,
     /// What the last deploy failed with, or warned about.
     words: RefCell<Vec<String>>,
     tickets: Cell<u32>,
@@ -216,6 +219,7 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>, registries: 
         _ => Key::chance(),
     })?;
     let doors = descriptors.take_all(CONTROL_PREFIX);
+    let collectors = descriptors.take_all(METRICS_PREFIX);
     let operators = remote::operators_of(&std::env::var("GAIA_OPERATORS").unwrap_or_default());
     // As long as the key: where there is a store, it is the same after a restart; where there is none, for this boot.
     let device = crate::key::Key::of_seed(key.seed())?;
@@ -238,6 +242,7 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>, registries: 
         refusals: RefCell::default(),
         past: RefCell::default(),
         profiles: profile::Profiles::default(),
+        counted: RefCell::default(),
         words: RefCell::default(),
         // Not where the control before this one began: its questions may still be answered.
         tickets: Cell::new(std::process::id() << 12),
@@ -256,6 +261,10 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>, registries: 
     });
     if let Some(api) = api {
         tokio::task::spawn_local(api::serve(Rc::clone(&control), api));
+    }
+    if !collectors.is_empty() {
+        let allowed = metrics::allowed_of(&std::env::var("GAIA_METRICS_ALLOW").unwrap_or_default());
+        tokio::task::spawn_local(metrics::serve(Rc::clone(&control), collectors, allowed));
     }
     if !doors.is_empty() && !operators.is_empty() {
         tokio::task::spawn_local(remote::serve(Rc::clone(&control), doors, operators));
@@ -422,6 +431,8 @@ impl Control {
         self.profile_ended(&worker);
         worker.gone.set(true);
         worker.records.notify_one();
+        let plan = self.plans.borrow().get(&worker.generation).cloned();
+        self.counted.borrow_mut().ended(&worker, plan.as_deref(), cause == "exited with status 0");
         let counted = &worker.statistics.worker;
         let mut past = self.past.borrow_mut();
         past.requests += counted.requests.load(Relaxed);

@@ -60,7 +60,7 @@ const SUM_AFTER: Duration = Duration::from_secs(10);
 
 /// So much at once, so much each second from then on.
 #[derive(Debug)]
-struct Pace {
+pub(super) struct Pace {
     most: f64,
     each_second: f64,
     left: f64,
@@ -68,12 +68,12 @@ struct Pace {
 }
 
 impl Pace {
-    fn new((most, each_second): (u32, u32), now: Instant) -> Self {
+    pub(super) fn new((most, each_second): (u32, u32), now: Instant) -> Self {
         Self { most: most.into(), each_second: each_second.into(), left: most.into(), at: now }
     }
 
     /// Takes one, or says how long it is until there is one.
-    fn take(&mut self, now: Instant) -> Result<(), Duration> {
+    pub(super) fn take(&mut self, now: Instant) -> Result<(), Duration> {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
         self.left = (self.left + passed * self.each_second).min(self.most);
         self.at = self.at.max(now);

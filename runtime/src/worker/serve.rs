@@ -118,6 +118,7 @@ pub async fn serve(connection: Rc<Connection>, request: Request<Incoming>) -> Re
     let answer = dispatch(&connection, request, began, &exchange, AtWork::on(&connection)).await;
     let mut answer = answer.unwrap_or_else(|own| {
         exchange.status.set(own.status.as_u16());
+        statistics.worker.answered_itself(own.status.as_u16());
         if exchange.why.borrow().is_empty() {
             exchange.why.replace(own.words.clone());
         }
