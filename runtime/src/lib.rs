@@ -44,4 +44,5 @@ pub mod secrets;
 pub mod stacks;
 pub mod statistics;
 pub mod top;
+pub mod trace;
 pub mod worker;

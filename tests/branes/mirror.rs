@@ -1,4 +1,5 @@
-//! Says what it learned of a request: scheme, authority, path, `forwarded` and `cookie`, a line each. One with a body gets
+//! Says what it learned of a request: scheme, authority, path, `forwarded` and `cookie`, a line each, and `traceparent` and
+//! `tracestate` if they are there. One with a body gets
 //! that back instead, piece by piece as it comes, and its trailers behind it. Answers with `?status=` (default 200).
 
 use wasip2::exports::http::incoming_handler::Guest;
@@ -24,13 +25,16 @@ impl Guest for Mirror {
             let all = request.headers().get(name);
             all.iter().map(|value| String::from_utf8_lossy(value).into_owned()).collect::<Vec<_>>().join(" | ")
         };
-        let text = format!(
+        let mut text = format!(
             "scheme {scheme}\nauthority {}\npath {}\nforwarded {}\ncookie {}\n",
             request.authority().unwrap_or_default(),
             request.path_with_query().unwrap_or_default(),
             field("forwarded"),
             field("cookie"),
         );
+        for name in ["traceparent", "tracestate"].into_iter().filter(|name| request.headers().has(name)) {
+            text = text + name + " " + &field(name) + "\n";
+        }
         let status = gaia_branes::query_number(&request, "status", 200);
         gaia_branes::answer(out, status.ok().and_then(|status| status.try_into().ok()).unwrap_or(400), &text);
     }

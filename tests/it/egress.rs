@@ -495,3 +495,60 @@ fn sockets_lead_to_what_is_granted_and_nowhere_else() {
     assert!(status == 502 && body.starts_with("connect"), "{body}");
     logged(&run, "dial", &[" DENY net.tcp echo.example is at 127.0.0.1: loopback"]);
 }
+
+/// Would miss: a trace that ends in a brane, one that goes on where none came or where a stranger has made it up, and a guest that is
+/// shown what is no trace.
+#[test]
+fn a_trace_goes_on_through_a_brane_to_what_it_asks() {
+    const CAME: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let heads = Arc::new(Mutex::new(Vec::new()));
+    let kept = Arc::clone(&heads);
+    let site = server(move |mut stream| {
+        kept.lock().unwrap().push(head(&mut stream).to_ascii_lowercase());
+        let _ = stream.write_all(answer("200 OK", PAGE).as_bytes());
+    });
+    let pinned = fetching("kept", &[&format!("127.0.0.1:{}", site.port)])
+        + "[brane.kept.execution]\nlifecycle = \"pinned\"\n[brane.mirror]\nimage = \"file:./mirror.wasm\"\n";
+    let graph = fetching("fetch", &[&format!("127.0.0.1:{}", site.port)]) + &pinned;
+    let folder = Folder::with(&graph).unwrap();
+    let run = folder.run(&["--workers", "1"]).unwrap().serving().unwrap();
+    let get = |path: &str, more: &str| {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{more}\r\n");
+        let answer = gaia_tests::http::raw(run.port, request.as_bytes(), LINE_WITHIN).unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.text()
+    };
+    // What the site was shown about a trace when this brane was asked.
+    let shown = |brane: &str, more: &str| {
+        get(&format!("/{brane}?url={}", encoded(&format!("http://127.0.0.1:{}/", site.port))), more);
+        let head = heads.lock().unwrap().pop().unwrap();
+        let field = |name: &str| head.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(": ").map(str::to_owned));
+        (field("traceparent"), field("tracestate"))
+    };
+    for brane in ["fetch", "kept"] {
+        let trace =
+            |flags: &str| format!("Traceparent: {}-{flags}\r\nTracestate: a=1\r\ntracestate: b=2\r\n", &CAME[..52]);
+        let (first, state) = shown(brane, &trace("01"));
+        let first = first.unwrap();
+        assert!(
+            first.starts_with(&CAME[..36]) && first.ends_with("-01") && first != CAME && first.len() == 55,
+            "{first}"
+        );
+        assert_eq!(state.as_deref(), Some("a=1,b=2"));
+        let second = shown(brane, &trace("00")).0.unwrap();
+        assert!(
+            second.starts_with(&CAME[..36]) && second.ends_with("-00") && second[36..52] != first[36..52],
+            "{second}"
+        );
+        assert_eq!(shown(brane, ""), (None, None), "{brane}");
+        assert_eq!(shown(brane, "traceparent: 00-nonsense\r\ntracestate: a=1\r\n"), (None, None));
+    }
+    let told = get("/mirror", &format!("traceparent: {CAME}\r\ntracestate: a=1\r\n"));
+    assert!(told.contains(&format!("\ntraceparent {CAME}\ntracestate a=1\n")), "{told}");
+    for more in ["traceparent: nonsense\r\ntracestate: a=1\r\n", "tracestate: a=1\r\n"] {
+        let told = get("/mirror", more);
+        assert!(!told.contains("traceparent") && !told.contains("tracestate"), "{told}");
+    }
+    let told = get("/mirror", &format!("traceparent: {CAME}\r\ntracestate: A=1\r\n"));
+    assert!(told.contains("traceparent") && !told.contains("tracestate"), "{told}");
+}

@@ -10,7 +10,7 @@ use gaia_egress::resolve;
 use gaia_egress::site::{Denied, Origin, Quoted};
 use gaia_egress::{Bounds, Egress, Incoming, Timeouts};
 use gaia_manifest::Capability as Grant;
-use http::Uri;
+use http::{HeaderMap, Uri};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use wasmtime_wasi_http::p2::bindings::http::outgoing_handler;
@@ -19,6 +19,7 @@ use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttp, WasiHttpHook
 use super::{Capability, Granted, Instance};
 use crate::link::Interface;
 use crate::log::Event;
+use crate::trace::Trace;
 use crate::worker::host::{BODY_PIECE, Host, Means};
 
 /// Characters of a path that a line shows.
@@ -57,13 +58,20 @@ impl Capability for Http {
 pub struct Requests {
     egress: Option<Arc<Egress>>,
     instance: Arc<Instance>,
+    /// What the request that is served belongs to.
+    trace: Option<Trace>,
 }
 
 impl Requests {
     /// All are refused where there is no way out.
     #[must_use]
     pub fn new(egress: Option<Arc<Egress>>, instance: Arc<Instance>) -> Self {
-        Self { egress, instance }
+        Self { egress, instance, trace: None }
+    }
+
+    /// From here on they belong to what a request with these headers belongs to.
+    pub fn follow(&mut self, headers: &HeaderMap) {
+        self.trace = self.egress.as_ref().and_then(|_| Trace::of(headers));
     }
 }
 
@@ -85,7 +93,7 @@ impl WasiHttpHooks for Requests {
 
     fn send_request(
         &mut self,
-        request: http::Request<WasiBody>,
+        mut request: http::Request<WasiBody>,
         options: Option<RequestOptions>,
         _: Sending,
     ) -> Box<dyn Future<Output = Result<(http::Response<WasiBody>, Sending), Error>> + Send> {
@@ -94,6 +102,9 @@ impl WasiHttpHooks for Requests {
         };
         let (instance, uri) = (Arc::clone(&self.instance), request.uri().clone());
         let exchange = Exchange::begin(Arc::clone(&self.instance), &uri);
+        if let Some(trace) = &self.trace {
+            trace.go_on(request.headers_mut());
+        }
         Box::new(async move {
             match egress.send(request, timeouts(options.unwrap_or_default())).await {
                 Ok(response) => {

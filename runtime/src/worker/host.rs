@@ -9,6 +9,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use gaia_manifest::Resolution;
 use gaia_tmpfs::{Limits, Reaper, Tmp, Unlimited};
+use http::HeaderMap;
 use wasmtime::ResourceLimiter;
 use wasmtime::component::{HasData, ResourceTable};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
@@ -219,6 +220,11 @@ impl Host {
     /// Its names and sockets; linked only where they are granted.
     pub fn reach(&mut self) -> sockets::View<'_> {
         sockets::View { table: &mut self.table, reach: &self.reach, instance: &self.instance }
+    }
+
+    /// A request with these headers is about to be served: what the guest sends meanwhile belongs to the same trace.
+    pub fn begins(&mut self, headers: &HeaderMap) {
+        self.requests.follow(headers);
     }
 
     /// Charges what the host holds. Beyond its bound an instance ends, at its next tick or when it wants another handle.

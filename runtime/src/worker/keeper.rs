@@ -421,6 +421,7 @@ impl Keeper {
         cpu: &Cell<Duration>,
     ) -> Result<Ended, (&'static str, wasmtime::Error)> {
         let (sender, mut answered) = oneshot::channel();
+        kept.store.data_mut().begins(request.headers());
         let mut wasi = kept.store.data_mut().http();
         let secure = request.uri().scheme() == Some(&http::uri::Scheme::HTTPS);
         let scheme = if secure { Scheme::Https } else { Scheme::Http };

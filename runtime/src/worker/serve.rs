@@ -33,6 +33,7 @@ use super::turns::thread_cpu;
 use crate::histogram::nanos;
 use crate::log::{Event, Subject};
 use crate::statistics::While;
+use crate::trace;
 
 /// Requests that may wait for an instance of one brane in one worker; more are refused at once.
 pub(super) const QUEUE: u64 = 1024;
@@ -414,6 +415,7 @@ fn normalised<B>(mut request: Request<B>, peer: SocketAddr, secure: bool) -> Res
     };
     let from = HeaderValue::from_str(&from).map_err(|_| bad("the client has no address"))?;
     request.headers_mut().insert(header::FORWARDED, from);
+    trace::check(request.headers_mut());
     Ok((request, host))
 }
 
@@ -539,6 +541,7 @@ async fn run(
             Some(proxy) => proxy,
             None => brane.pre().instantiate_async(&mut store).await.map_err(|e| guest.failed("instantiate", &e))?,
         };
+        store.data_mut().begins(request.headers());
         let mut http = store.data_mut().http();
         let secure = request.uri().scheme() == Some(&http::uri::Scheme::HTTPS);
         let scheme = if secure { Scheme::Https } else { Scheme::Http };
