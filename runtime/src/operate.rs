@@ -140,8 +140,13 @@ impl Command {
     #[must_use]
     pub fn changes(&self) -> bool {
         match self {
-            Self::Status | Self::Ps | Self::Logs { .. } | Self::Metrics { .. } => false,
-            Self::Profile(_) | Self::Graphs | Self::Top => false,
+            Self::Status
+            | Self::Ps
+            | Self::Logs { .. }
+            | Self::Metrics { .. }
+            | Self::Profile(_)
+            | Self::Graphs
+            | Self::Top => false,
             Self::Secret(command) => command.changes(),
             Self::Rollback { .. } | Self::Poweroff { .. } | Self::Reboot { .. } => true,
         }

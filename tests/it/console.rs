@@ -185,7 +185,9 @@ impl Laptop {
         self.person.write_all(bytes.as_bytes()).unwrap();
         let mut chunk = [0; 4096];
         while !self.shown.contains(wanted) {
-            let n = self.person.read(&mut chunk).unwrap_or_else(|e| panic!("no {wanted:?}: {e}\n{}", self.shown));
+            let read = self.person.read(&mut chunk);
+            assert!(read.is_ok(), "no {wanted:?}: {read:?}\n{}", self.shown);
+            let n = read.unwrap();
             self.shown.push_str(&String::from_utf8_lossy(&chunk[..n]));
         }
         let at = self.shown.find(wanted).unwrap() + wanted.len();

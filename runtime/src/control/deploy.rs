@@ -615,7 +615,7 @@ pub(super) async fn with_secrets(control: &Control, serving: &Plan, known: &Secr
         let of: Digest = format!("sha256:{}", brane.digest).parse().ok().context("its component has no digest")?;
         let stored = async || {
             let vault = control.vault.as_ref().context("there is no store")?;
-            vault.with(move |store| store.component(&of)).await
+            vault.with(move |store| store.component(&of)).await.map(Bytes::from)
         };
         let (artefact, _) = compiled(control, &brane.digest, brane.reservation, stored)
             .await

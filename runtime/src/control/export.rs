@@ -65,7 +65,7 @@ pub(super) async fn run(control: Rc<Control>, collector: Collector) {
             return;
         }
     };
-    let sender = Sender { collector, tls, names: &control.names, times: TIMES, seen: &control.exported };
+    let sender = Sender { collector, tls, names: &*control.names, times: TIMES, seen: &control.exported };
     sender.send_all(&control.log, async |words: String| control.say(&words).await).await;
 }
 
