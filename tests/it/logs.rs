@@ -291,7 +291,8 @@ impl Rsyslog {
 
     fn go_on(&mut self) {
         let program = ["/usr/sbin/rsyslogd", "/sbin/rsyslogd"].into_iter().find(|path| Path::new(path).exists());
-        let mut command = Command::new(program.expect("rsyslog is not there: image/setup.sh installs it"));
+        assert!(program.is_some(), "rsyslog is not there: image/setup.sh installs it");
+        let mut command = Command::new(program.unwrap());
         command.arg("-n").arg("-i").arg(self.path("pid")).arg("-f").arg(self.path("rsyslog.conf"));
         let said = std::fs::File::create(self.path("said")).unwrap();
         command.stdin(Stdio::null()).stdout(said.try_clone().unwrap()).stderr(said);

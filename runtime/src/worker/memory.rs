@@ -340,8 +340,8 @@ mod tests {
         assert!(pressure.grant(100 << 20), "it had its time");
     }
 
-    fn held(bytes: &u64) -> Arc<Held> {
-        Arc::new(Held { memory: AtomicU64::new(*bytes), ..Held::default() })
+    fn held(bytes: u64) -> Arc<Held> {
+        Arc::new(Held { memory: AtomicU64::new(bytes), ..Held::default() })
     }
 
     fn sizes(of: &[Arc<Held>]) -> Vec<u64> {
@@ -351,7 +351,7 @@ mod tests {
     /// Would miss: small instances of one worker that end for the large one of another.
     #[test]
     fn small_instances_are_spared_until_nothing_else_has_helped() {
-        let small: Vec<_> = [9, 12, 10].iter().map(held).collect();
+        let small = [9, 12, 10].map(held).to_vec();
         let mut shedding = Shedding::default();
         for round in 0..SMALL_AFTER {
             assert_eq!(sizes(&shedding.round(small.clone(), 104)), [0; 0], "round {round}");
@@ -362,7 +362,7 @@ mod tests {
 
     #[test]
     fn a_round_without_need_forgets_those_in_vain() {
-        let small = vec![held(&9)];
+        let small = vec![held(9)];
         let mut shedding = Shedding::default();
         for _ in 1..SMALL_AFTER {
             shedding.round(small.clone(), 100);
@@ -377,7 +377,7 @@ mod tests {
     /// Would miss: a second one that ends because the first takes a moment to go.
     #[test]
     fn who_is_on_its_way_out_counts_as_gone_and_is_not_chosen_twice() {
-        let mut all: Vec<_> = [60, 50, 40].iter().map(held).collect();
+        let mut all = [60, 50, 40].map(held).to_vec();
         let mut shedding = Shedding::default();
         assert_eq!(sizes(&shedding.round(all.clone(), 50)), [60]);
         assert_eq!(sizes(&shedding.round(all.clone(), 50)), [0; 0], "it is still there");
@@ -393,7 +393,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_largest_are_enough_and_no_more(sizes in proptest::collection::vec(0_u64..100, 0..20), wanted in 0_u64..500) {
-            let chosen = largest(sizes.iter().map(held).collect(), wanted);
+            let chosen = largest(sizes.iter().copied().map(held).collect(), wanted);
             let sum = |of: &[Arc<Held>]| of.iter().map(|held| held.bytes()).sum::<u64>();
             prop_assert!(sum(&chosen) >= wanted || chosen.len() == sizes.len());
             if let Some((_, all_but_the_last)) = chosen.split_last() {
