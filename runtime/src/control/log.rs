@@ -292,7 +292,7 @@ pub fn instance(text: &str) -> Result<(String, String), String> {
 }
 
 impl Query {
-    /// Reads `brane=fetch&kind=REQ&since_ns=1&follow=true`, as [`Query::to_string`] writes it.
+    /// Reads `brane=fetch&kind=REQ&since_ns=1&follow=true`, as its `Display` writes it.
     ///
     /// # Errors
     /// The part that is none of these, and what may stand there.
