@@ -261,6 +261,10 @@ impl Client {
 
     /// Does something while it is shown how far it is.
     async fn shown<T>(&self, work: impl Future<Output = T>) -> T {
+        // Who sees nothing of it is not woken for it either: a log is followed for days.
+        if !self.progress.is_seen() {
+            return work.await;
+        }
         let mut work = pin!(work);
         let mut tick = tokio::time::interval(EVERY);
         let outcome = loop {

@@ -46,6 +46,12 @@ impl Progress {
         self.0.is_some()
     }
 
+    /// Whether anything of it is ever drawn.
+    #[must_use]
+    pub fn is_seen(&self) -> bool {
+        self.with(|line| line.shown).unwrap_or_default()
+    }
+
     /// What is being done.
     pub fn doing(&self, words: &str) {
         self.with(|line| {
@@ -170,7 +176,7 @@ mod tests {
     fn who_is_no_terminal_is_told_nothing_and_takes_care_of_it() {
         let silent = Progress::on_terminal(false);
         silent.doing("x");
-        assert!(silent.cares());
+        assert!(silent.cares() && !silent.is_seen());
         silent.with(|line| assert_eq!(line.drawn(Instant::now() + 2 * AFTER, 80), None));
         assert!(!Progress::default().cares());
     }
