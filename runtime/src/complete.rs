@@ -4,7 +4,7 @@
 //! gaia completions bash ─▶ some lines for the shell ─▶ Tab: GAIA_COMPLETE=bash gaia -- gaia logs --brane fe ─▶ fetch
 //! ```
 //!
-//! Somebody waits with a finger on a key: an appliance has [`WITHIN`] for its answer, is asked only where its names are wanted, and
+//! Somebody waits with a finger on a key: an appliance has a second for its answer, is asked only where its names are wanted, and
 //! only if it was trusted before. Nothing is made, changed or asked.
 
 use std::ffi::{OsStr, OsString};
