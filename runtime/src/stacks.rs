@@ -61,7 +61,9 @@ pub struct Tree {
     deeper: AtomicU64,
     /// Samples that count for a caller, because there was no more room.
     shortened: AtomicU64,
-    reserved: [AtomicU64; HEAD - 4],
+    /// What the samples took, in nanoseconds.
+    took: AtomicU64,
+    reserved: [AtomicU64; HEAD - 5],
     /// Of each node: the number of its caller and the place of its name, 32 bits each; and its ticks.
     calls: [[AtomicU64; 2]; NODES],
     text: [AtomicU64; TEXT],
@@ -115,7 +117,11 @@ impl Sampler {
         let trace = WasmBacktrace::force_capture(store);
         self.sample(trace.frames());
         // Its own time counts among the guest's, so it must not be more than a part of it.
-        self.rest = nanos(began.elapsed()) * COST / nanos(TICK);
+        let took = nanos(began.elapsed());
+        self.rest = took.saturating_mul(COST) / nanos(TICK);
+        if let Some(profile) = self.profiles.of(self.index) {
+            add(&profile.stacks.took, took);
+        }
     }
 
     /// Counts a sample: its frames, the youngest first.
@@ -248,6 +254,8 @@ pub struct Stacks {
     pub deeper: u64,
     /// Samples that count for a caller, because there was no more room.
     pub shortened: u64,
+    /// What the samples took, in nanoseconds: part of the guest's time.
+    pub took_ns: u64,
     /// The functions' names.
     pub names: Vec<String>,
     /// The calls, callers first.
@@ -260,7 +268,8 @@ impl Stacks {
     pub fn of(words: &[u64]) -> Self {
         let word = |at: usize| words.get(at).copied().unwrap_or(0);
         let number = usize::try_from(word(0)).unwrap_or(NODES).min(NODES);
-        let mut all = Self { samples: word(1), deeper: word(2), shortened: word(3), ..Self::default() };
+        let mut all =
+            Self { samples: word(1), deeper: word(2), shortened: word(3), took_ns: word(4), ..Self::default() };
         let mut places = BTreeMap::new();
         let text = HEAD + 2 * NODES;
         // Of each node that is there, its place in the list. The root has none.
@@ -336,6 +345,7 @@ impl Stacks {
         all.stacks.samples = self.samples.saturating_sub(before.samples);
         all.stacks.deeper = self.deeper.saturating_sub(before.deeper);
         all.stacks.shortened = self.shortened.saturating_sub(before.shortened);
+        all.stacks.took_ns = self.took_ns.saturating_sub(before.took_ns);
         all.stacks
     }
 }
@@ -361,6 +371,7 @@ impl Gathered {
         self.stacks.samples = self.stacks.samples.saturating_add(other.samples);
         self.stacks.deeper = self.stacks.deeper.saturating_add(other.deeper);
         self.stacks.shortened = self.stacks.shortened.saturating_add(other.shortened);
+        self.stacks.took_ns = self.stacks.took_ns.saturating_add(other.took_ns);
     }
 
     fn add(&mut self, way: &[&str], ticks: u64, most: usize) {
@@ -434,7 +445,8 @@ mod tests {
 
     fn read(profiles: &Profiles) -> Stacks {
         let tree = &profiles.of(0).unwrap().stacks;
-        let head = [&tree.nodes, &tree.samples, &tree.deeper, &tree.shortened].into_iter().chain(&tree.reserved);
+        let head =
+            [&tree.nodes, &tree.samples, &tree.deeper, &tree.shortened, &tree.took].into_iter().chain(&tree.reserved);
         let words = head.chain(tree.calls.as_flattened()).chain(&tree.text);
         Stacks::of(&words.map(|word| word.load(Relaxed)).collect::<Vec<_>>())
     }
