@@ -4,8 +4,12 @@
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use gaia_qemu::Drive;
+use gaia_tests::picture::Picture;
 use gaia_tests::terminal::Shell;
 use gaia_tests::{ANSWER_WITHIN, Appliance, BOOT_WITHIN, SETTINGS, Setup, data_disk, out};
 use rustix::net::netlink::SocketAddrNetlink;
@@ -25,8 +29,21 @@ const LOGS: [&str; 5] = [
     "Ω 13:41:07.198 fetch.039 REQ api.crossref.org/works/...",
     "Ω 13:41:07.241 fetch.039 RES 200 cpu=11ms",
 ];
+/// What it shows of `ω gaia profile --brane fetch --p50 --p99`, in rows.
+const PROFILE: [&str; 4] = [
+    "      cold    exec    cpu    mem",
+    "P50   1.0ms   42ms    8ms    18MiB",
+    "P99   1.4ms   210ms   63ms   42MiB",
+    "RPS   1.41 K (steady)",
+];
 /// The bytes of the page that its first line tells of.
 const PAGE_BYTES: usize = 12_422;
+
+/// How often a request comes whose rate is to be steady, and how long it may take to be so.
+const PACE: Duration = Duration::from_millis(250);
+const STEADY_WITHIN: Duration = Duration::from_mins(2);
+/// What else a rate may be while requests come.
+const TRENDS: [&str; 3] = ["(rising)", "(falling)", "(bursty)"];
 
 /// Where both catalogues are, for the resolver: the gateway of the appliance's network, which leads to the test. An address that
 /// anybody may connect to, as theirs are.
@@ -126,6 +143,36 @@ fn are_the_pictures(lines: &[String]) -> Result<(), String> {
     }
 }
 
+/// A row of the table without what is another each time, word by word: `P50 T T T SIZE`, `RPS N (steady)`.
+fn row_form(row: &str) -> Vec<String> {
+    let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit() || b == b'.') && text.parse::<f64>().is_ok();
+    let of = |word: &str, units: &[&str]| units.iter().any(|unit| word.strip_suffix(unit).is_some_and(number));
+    let masked = |word: &str| match word {
+        _ if of(word, &["µs", "ms", "s"]) => "T".to_owned(),
+        _ if of(word, &["KiB", "MiB"]) => "SIZE".to_owned(),
+        _ if number(word) => "N".to_owned(),
+        // A thousand requests a second, or fewer.
+        "K" => String::new(),
+        _ => word.to_owned(),
+    };
+    row.split_whitespace().map(masked).filter(|word| !word.is_empty()).collect()
+}
+
+/// Whether this is the table of the picture: the same rows, and each value below the name of its column.
+fn is_the_pictures(rows: &[String]) -> Result<(), String> {
+    let forms = |rows: &mut dyn Iterator<Item = &str>| rows.map(row_form).collect::<Vec<_>>();
+    let (seen, wanted) = (forms(&mut rows.iter().map(String::as_str)), forms(&mut PROFILE.into_iter()));
+    if seen != wanted {
+        return Err(format!("{seen:?} is not {wanted:?}"));
+    }
+    let columns = |row: &str| -> Vec<usize> {
+        let cells: Vec<char> = row.chars().collect();
+        (6..cells.len()).filter(|at| cells[*at] != ' ' && cells[at - 1] == ' ').collect()
+    };
+    let all: Vec<_> = rows[..3].iter().map(|row| columns(row)).collect();
+    if all.iter().all(|row| *row == all[0]) { Ok(()) } else { Err(format!("the columns begin at {all:?}")) }
+}
+
 /// An appliance with nothing on its disk, for `ann`, whose command knows it as `edge`.
 fn appliance_of(ann: &Person, authority: String, disk: &Path) -> Appliance {
     let settings = SETTINGS.replace("10.0.2.15", "9.9.9.15").replace("10.0.2.2", GATEWAY).replace("10.0.2.3", GATEWAY);
@@ -140,6 +187,39 @@ fn appliance_of(ann: &Person, authority: String, disk: &Path) -> Appliance {
     let hosts = format!("edge = {{ address = \"127.0.0.1\", port = {port} }}\n");
     std::fs::write(ann.folder.path().join("gaia/hosts.toml"), hosts).unwrap();
     appliance
+}
+
+/// Asks for a profile in a shell and at the serial prompt while requests come; what the shell shows once their rate is steady.
+fn profiled(appliance: &Appliance, shell: impl Fn() -> Result<Shell>) -> Picture {
+    let profile = "profile --brane fetch --p50 --p99";
+    let over = AtomicBool::new(false);
+    let (steady, typed) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let until = Instant::now() + STEADY_WITHIN * 2;
+            while !over.load(Relaxed) && Instant::now() < until {
+                let next = Instant::now() + PACE;
+                assert_eq!(appliance.get("/fetch").unwrap().status, 200);
+                std::thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+        });
+        let asked = |_: &Appliance| {
+            let shell = shell()?;
+            shell.enter(&format!("gaia {profile}"), ANSWER_WITHIN)?;
+            Ok(shell.picture())
+        };
+        let is_steady = |seen: &Picture| seen.lines().iter().any(|row| row.ends_with("(steady)"));
+        let steady = appliance.until(STEADY_WITHIN, asked, is_steady).unwrap();
+        let typed = ["", "gaia ", "ω gaia "].map(|before| entered(appliance, &format!("{before}{profile}")));
+        over.store(true, Relaxed);
+        (steady, typed)
+    });
+    for seen in [&steady].into_iter().chain(&typed) {
+        // A moment later the rate may have become another: that it can be steady was seen.
+        let usual = |row: &String| TRENDS.iter().fold(row.clone(), |row, trend| row.replace(trend, "(steady)"));
+        let rows: Vec<String> = seen.lines().iter().skip(1).map(usual).collect();
+        assert_eq!(is_the_pictures(&rows), Ok(()), "{}", seen.lines().join("\n"));
+    }
+    steady
 }
 
 /// Would miss: a manifest that does not deploy as it is printed, a request that does not get to api.openalex.org or is not believed
@@ -207,10 +287,34 @@ fn the_pictures_of_the_product_page_come_true_line_for_line() {
         let last = &all[all.len().saturating_sub(6)..];
         are_the_pictures(last).unwrap_or_else(|e| panic!("{e} in\n{}", typed.lines().join("\n")));
     }
+
+    let measured = profiled(&appliance, || Shell::in_folder(folder.path(), &variables));
+    let words = "How long and how large the work of a brane is, and how much of it there is";
+    holds("profile", words, &measured).unwrap();
     holds("deploy", "The first deploy of the product page's manifest: what is granted, what is too much", &deployed)
         .unwrap();
     holds("logs", "What became of two requests", &seen).unwrap();
     appliance.power_off().unwrap();
+}
+
+#[test]
+fn a_table_of_another_form_is_none_of_the_pictures() {
+    let rows = PROFILE.map(String::from).to_vec();
+    is_the_pictures(&rows).unwrap();
+    for (at, wrong) in [
+        (0, "      cold    exec    cpu    memory"),
+        (1, "P50   1.0ms   42ms    8ms    18 MiB"),
+        (1, "P50   1.0     42ms    8ms    18MiB"),
+        (1, "P50   -       42ms    8ms    18MiB"),
+        (2, "P99   1.4ms  210ms    63ms   42MiB"),
+        (2, "P90   1.4ms   210ms   63ms   42MiB"),
+        (3, "RPS   1.41 K"),
+    ] {
+        let mut others = rows.clone();
+        others[at] = wrong.into();
+        assert!(is_the_pictures(&others).is_err(), "{wrong}");
+    }
+    assert!(is_the_pictures(&rows[..3]).is_err());
 }
 
 #[test]
