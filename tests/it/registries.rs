@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use gaia_qemu::Drive;
 use gaia_tests::workstation::{Folder, Run};
-use gaia_tests::{ANSWER_WITHIN, Setup, data_disk, out};
+use gaia_tests::{BOOT_WITHIN, Setup, data_disk, out};
 use serde_json::Value;
 
 use crate::remote::{Person, started_with};
@@ -414,7 +414,7 @@ fn an_appliance_reaches_the_registries_of_its_settings_and_no_other_port() {
     let (appliance, key) = started_with(&ann, setup, &more);
     let port = appliance.control_port().unwrap();
     ann.does(port, &["trust", &key.to_string()]);
-    appliance.line("the seed's graph serves: what it lacked has been fetched", ANSWER_WITHIN).unwrap();
+    appliance.line("the seed's graph serves: what it lacked has been fetched", BOOT_WITHIN).unwrap();
     assert_eq!(appliance.get("/hello").unwrap().status, 200);
     ann.does(port, &["deploy", &graph(&format!("{there}/omega/hello:2"))]);
     assert_eq!(appliance.get("/hello").unwrap().status, 200);
