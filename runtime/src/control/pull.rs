@@ -112,7 +112,7 @@ impl Origins {
         if self.known_as(name) == Some((component, from)) {
             return false;
         }
-        let at = self.0.values().flatten().map(|name| name.at).max().unwrap_or(0) + 1;
+        let at = self.0.values().flatten().map(|name| name.at).max().unwrap_or(0).saturating_add(1);
         let names = self.0.entry(component).or_default();
         names.retain(|known| known.from != from);
         names.push(Name { from: from.to_owned(), at });
