@@ -294,22 +294,32 @@ fn ask_over_2(port: u16, ledger: &Ledger) {
     });
 }
 
-/// `wrk`, which reports when it is interrupted.
-struct Wrk(std::process::Child);
+/// `wrk`, which reports when it is interrupted, and does not outlive a test that fails.
+struct Wrk(Option<std::process::Child>);
+
+impl Drop for Wrk {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
 
 impl Wrk {
     fn start(port: u16, arguments: &[&str]) -> Self {
         let url = format!("http://127.0.0.1:{port}/version?kib=4");
         let mut command = Command::new("wrk");
         command.args(["-t1", "-d36000s", "--timeout", "30s"]).args(arguments).arg(url);
-        Self(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+        Self(Some(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()))
     }
 
     /// How many requests there were, and what it counts as failed.
-    fn end(self) -> (u64, Vec<String>) {
-        let pid = Pid::from_raw(self.0.id().cast_signed()).unwrap();
+    fn end(mut self) -> (u64, Vec<String>) {
+        let child = self.0.take().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed()).unwrap();
         rustix::process::kill_process(pid, Signal::INT).unwrap();
-        let said = String::from_utf8_lossy(&self.0.wait_with_output().unwrap().stdout).into_owned();
+        let said = String::from_utf8_lossy(&child.wait_with_output().unwrap().stdout).into_owned();
         let requests = said.lines().find_map(|l| l.trim().split_once(" requests in ")?.0.parse().ok());
         let failed = |line: &&str| line.contains("Socket errors") || line.contains("Non-2xx");
         let failed = said.lines().filter(failed).map(str::to_owned).collect();
