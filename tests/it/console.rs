@@ -47,7 +47,8 @@ fn keys_edit_the_line_tab_completes_it_and_what_is_dangerous_is_asked() {
     // What is dangerous is asked; only yes is yes.
     for no in ["\r", "n\r", "\x03"] {
         console.send_bytes(b"poweroff\r").unwrap();
-        console.wait_for("switches off\r\nGo on? [y/N] ", ANSWER_WITHIN).unwrap();
+        appliance.line("the appliance switches off", ANSWER_WITHIN).unwrap();
+        console.wait_for("Go on? [y/N] ", ANSWER_WITHIN).unwrap();
         typed(no, "nothing is done");
     }
     typed("status\r", SERVES);
