@@ -128,8 +128,9 @@ fn reply(
     if leave == Leave::Refused && line.command.writes_files() {
         return writeln!(out, "there are no files here: gaia --on HOST writes them on your machine");
     }
-    if matches!(&line.command, Command::Secret(secret) if secret.takes_a_value()) {
-        return writeln!(out, "what is typed here is shown: gaia --on HOST secret set, from elsewhere");
+    // Nobody sees what is typed at a terminal; what is no terminal would be a file of commands.
+    if terminal.is_none() && matches!(&line.command, Command::Secret(secret) if secret.takes_a_value()) {
+        return writeln!(out, "nobody is at a terminal to type it: gaia secret set, which reads a pipe");
     }
     let done = match (line.command.goes_on(), terminal) {
         (false, _) => operate(&line.command, client, line.json, out),

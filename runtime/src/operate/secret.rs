@@ -16,6 +16,10 @@ use crate::secrets::{MAX_VALUE, Secret};
 
 /// What comes with ^C.
 const INTERRUPT: u8 = 3;
+/// What takes the letter before it back.
+const BACKSPACE: u8 = 8;
+/// What most terminals send for it.
+const DELETE: u8 = 127;
 
 /// What is done with secrets.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
@@ -129,7 +133,7 @@ pub fn typed(
         // Before the question: whoever types fast is not seen either.
         let _mute = Mute::of(terminal.as_fd()).map_err(failed)?;
         output.write_all(question.as_bytes()).and_then(|()| output.flush()).map_err(failed)?;
-        input.take(MAX_VALUE as u64 + 3).read_until(b'\n', &mut line).map_err(failed)?;
+        read_line(input, &mut line).map_err(failed)?;
     }
     output.write_all(b"\n").and_then(|()| output.flush()).map_err(failed)?;
     if line.contains(&INTERRUPT) {
@@ -138,28 +142,53 @@ pub fn typed(
     Secret::of_input(std::mem::take(&mut *line))
 }
 
+/// Reads up to the end of a line, or to ^C, of which each is kept; at most as much as `line` has room for. The appliance's terminal sends
+/// each key: what is taken back is taken back here.
+fn read_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<()> {
+    for byte in input.bytes().take(line.capacity()) {
+        match byte? {
+            BACKSPACE | DELETE => {
+                // A whole letter, however many bytes it has.
+                while line.pop().is_some_and(|byte| byte & 0xc0 == 0x80) {}
+            }
+            byte => line.push(byte),
+        }
+        if line.last().is_some_and(|last| [b'\n', INTERRUPT].contains(last)) {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// A terminal that does not show what is typed, as long as this is there.
 struct Mute<'a> {
     terminal: std::os::fd::BorrowedFd<'a>,
-    before: Termios,
+    /// How it was, unless it shows nothing in any case: the appliance's, which its console may not set.
+    before: Option<Termios>,
 }
 
 impl<'a> Mute<'a> {
     fn of(terminal: std::os::fd::BorrowedFd<'a>) -> io::Result<Self> {
         let before = tcgetattr(terminal)?;
+        let shows = LocalModes::ECHO | LocalModes::ECHONL | LocalModes::ISIG;
+        if !before.local_modes.intersects(shows) {
+            return Ok(Self { terminal, before: None });
+        }
         let mut mute = before.clone();
         // ^C is a letter that ends the line, and no signal: that would leave the terminal mute behind.
-        mute.local_modes.remove(LocalModes::ECHO | LocalModes::ECHONL | LocalModes::ISIG);
+        mute.local_modes.remove(shows);
         mute.special_codes[SpecialCodeIndex::VEOL] = INTERRUPT;
         tcsetattr(terminal, OptionalActions::Now, &mute)?;
-        Ok(Self { terminal, before })
+        Ok(Self { terminal, before: Some(before) })
     }
 }
 
 impl Drop for Mute<'_> {
     fn drop(&mut self) {
-        // Whoever sits there sees it if this fails, and has `reset`.
-        let _ = tcsetattr(self.terminal, OptionalActions::Now, &self.before);
+        if let Some(before) = &self.before {
+            // Whoever sits there sees it if this fails, and has `reset`.
+            let _ = tcsetattr(self.terminal, OptionalActions::Now, before);
+        }
     }
 }
 
@@ -221,6 +250,24 @@ pub fn list_text(list: &Secrets) -> String {
 mod tests {
     use super::*;
     use crate::control::report::SecretEntry;
+
+    #[test]
+    fn a_line_ends_with_enter_or_control_c_and_letters_are_taken_back() {
+        for (keys, read) in [
+            ("key\nmore", "key\n"),
+            ("ke\u{e9}\u{7f}y\u{8}\u{8}x\n", "kx\n"),
+            ("\u{7f}\u{7f}a\n", "a\n"),
+            ("half\u{3}rest\n", "half\u{3}"),
+            ("no end", "no end"),
+        ] {
+            let mut line = Vec::with_capacity(64);
+            read_line(&mut keys.as_bytes(), &mut line).unwrap();
+            assert_eq!(String::from_utf8(line).unwrap(), read, "{keys:?}");
+        }
+        let mut line = Vec::with_capacity(4);
+        read_line(&mut &b"longer than that\n"[..], &mut line).unwrap();
+        assert_eq!(line, b"long");
+    }
 
     #[test]
     fn a_list_says_who_when_and_whether_it_is_used() {
