@@ -149,7 +149,7 @@ fn brane(graph: &Graph, component: &Path) -> Result<Brane> {
     rustix::fs::ftruncate(&page, gaia_init::supervise::STATISTICS_BYTES)?;
     rustix::fs::fcntl_add_seals(&page, SealFlags::SHRINK)?;
     let log = Arc::new(Log::new(Arc::new(Statistics::map(&page)?)));
-    let plan = Plan { generation: 1, graph: None, workers: 1, branes: vec![plan], roots: String::new() };
+    let plan = Plan { generation: 1, graph: None, trial: None, workers: 1, branes: vec![plan], roots: String::new() };
     let means = Rc::new(Means::of(&plan, u64::MAX)?);
     let artefact = channel::sealed("artefact", &artefact)?;
     Ok(Brane::link(&plan.branes[0], 0, (0, 1), &artefact, log, means)?)
