@@ -450,7 +450,8 @@ impl Client {
                 return Ok(());
             }
             let error = match ended {
-                Ok(()) => Error::Broken("it ended".to_owned()),
+                Ok(true) => return Ok(()),
+                Ok(false) => Error::Broken("it ended".to_owned()),
                 Err(error) => error,
             };
             match error {
@@ -462,7 +463,13 @@ impl Client {
                 }
                 other => return Err(other),
             }
-            std::thread::sleep(wait);
+            if self.keys {
+                if runtime()?.block_on(async { timeout(wait, end_key()).await }).is_ok() {
+                    return Ok(());
+                }
+            } else {
+                std::thread::sleep(wait);
+            }
             wait = (wait * 2).min(WAIT.1);
         }
     }
@@ -475,10 +482,10 @@ impl Client {
         body: Bytes,
         line: impl FnMut(T) -> bool,
     ) -> Result<(), Error> {
-        self.lines_from(method, path, body, None, |_| (), line)
+        self.lines_from(method, path, body, None, |_| (), line).map(|_| ())
     }
 
-    /// The same: `begun` sees the answer's head, and nothing may come for so long, not even an empty line.
+    /// The same: `begun` sees the answer's head, and nothing may come for so long, not even an empty line. Whether a key ended it.
     fn lines_from<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -487,7 +494,7 @@ impl Client {
         silent: Option<Duration>,
         begun: impl FnOnce(&HeaderMap),
         mut line: impl FnMut(T) -> bool,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let silent = silent.unwrap_or(Duration::MAX);
         runtime()?.block_on(self.shown(async {
             let (sender, connection) = self.connection().await?;
@@ -501,7 +508,7 @@ impl Client {
                     let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
                     for one in text[..whole].split(|b| *b == b'\n').filter(|one| !one.is_empty()) {
                         if !line(serde_json::from_slice(one).map_err(|e| not_understood(theirs.as_ref(), &e))?) {
-                            return Ok(());
+                            return Ok(false);
                         }
                     }
                     text.drain(..whole);
@@ -509,12 +516,12 @@ impl Client {
                         return Err(Error::Broken("a line without an end".into()));
                     }
                 }
-                Ok(())
+                Ok(false)
             };
             let mut exchange = pin!(exchange);
             tokio::select! {
                 biased;
-                () = end_key(), if self.keys => Ok(()),
+                () = end_key(), if self.keys => Ok(true),
                 outcome = exchange.as_mut() => outcome,
                 outcome = connection => match outcome {
                     // What it brought last is still to be read; if it is not whole, the reader sees it.

@@ -31,7 +31,7 @@ pub enum Command {
         name: Name,
         /// The component
         file: PathBuf,
-        /// As whom a registry is asked: the tables [registry] and [registries] of gaia.toml, or docker's config.json [default: registries.toml beside your key, then docker's]
+        /// As whom a registry is asked: the tables `registry` and `registries` of gaia.toml, or docker's config.json; if not said, registries.toml beside your key, then docker's
         #[arg(long, value_name = "FILE")]
         registries: Option<PathBuf>,
     },

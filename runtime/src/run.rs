@@ -96,7 +96,7 @@ pub struct Options {
     /// A registry that images may name; may be given more than once, and names without one are looked for in the first
     #[arg(long, value_name = "HOST", value_parser = registry)]
     pub registry: Vec<gaia_init::registries::Host>,
-    /// The registries, and as whom each is asked: the tables [registry] and [registries] of gaia.toml, or docker's config.json
+    /// The registries, and as whom each is asked: the tables `registry` and `registries` of gaia.toml, or docker's config.json
     #[arg(long, value_name = "FILE")]
     pub registries: Option<PathBuf>,
     /// Where to answer /metrics in the clear

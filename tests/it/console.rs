@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use gaia_tests::workstation::Folder;
 use gaia_tests::{ANSWER_WITHIN, Appliance, HELLO, SETTINGS, Setup};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::remote::{Person, started_for};
 
@@ -184,9 +185,10 @@ impl Laptop {
         self.person.write_all(bytes.as_bytes()).unwrap();
         let mut chunk = [0; 4096];
         while !self.shown.contains(wanted) {
-            let read = self.person.read(&mut chunk);
-            assert!(read.is_ok(), "no {wanted:?}: {read:?}\n{}", self.shown);
-            let n = read.unwrap();
+            let mut typed = [PollFd::new(&self.person, PollFlags::IN)];
+            let within = Timespec::try_from(ANSWER_WITHIN).unwrap();
+            assert_eq!(poll(&mut typed, Some(&within)), Ok(1), "no {wanted:?} in\n{}", self.shown);
+            let n = self.person.read(&mut chunk).unwrap();
             self.shown.push_str(&String::from_utf8_lossy(&chunk[..n]));
         }
         let at = self.shown.find(wanted).unwrap() + wanted.len();
