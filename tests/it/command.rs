@@ -165,7 +165,7 @@ fn with_json_answers_and_failures_are_json_and_the_exit_status_tells_what_happen
             assert!(begins, "{arguments:?}: {first}");
         }
     }
-    let off = home.command(out("bin/gaia")).args(there).args(["--json", "poweroff"]).output().unwrap();
+    let off = home.command(out("bin/gaia")).args(there).args(["--json", "poweroff", "--yes"]).output().unwrap();
     assert_eq!((off.status.code(), values(&off.stdout).len()), (Some(0), 1), "{}", text(&off.stderr));
     let mut run = run;
     assert!(run.end().unwrap().success());
