@@ -242,7 +242,7 @@ fn logs(client: &Client, query: &Query, json: bool, color: Color, out: &mut dyn 
     if query.follow {
         client.follow(query, show, |turn| {
             let words = match turn {
-                Turn::Broke(error) => format!("{error}; tried again until it goes"),
+                Turn::Broke(error) => format!("{}; tried again until it goes", error.failure().error),
                 Turn::Again { anew: false } => "follows again".to_owned(),
                 Turn::Again { anew: true } => {
                     "follows again: control was started again, and what it had not told yet is gone".to_owned()

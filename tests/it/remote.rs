@@ -170,7 +170,7 @@ fn who_is_listed_operates_and_who_is_not_does_not() {
     assert!(logs.contains(" gaia AUDIT ann from ") && logs.contains(": POST /v1/nonsense: 404: "), "{logs}");
     // Nobody is there to be asked.
     let told = ann.fails(port, &["poweroff"]);
-    assert!(told.contains("nothing is done") && told.contains("--yes"), "{told}");
+    assert!(told.contains("nothing is changed") && told.contains("--yes"), "{told}");
     assert!(ann.does(port, &["poweroff", "--yes"]).contains("the appliance switches off"));
     let line = appliance.line(": POST /v1/poweroff: 202", ANSWER_WITHIN).unwrap();
     assert!(line.contains("control: ann from "), "{line}");
