@@ -83,6 +83,7 @@ fn top_and_a_followed_log_end_with_a_key() {
         console.send_line("ps").unwrap();
         appliance.line("file:./hello.wasm", ANSWER_WITHIN).unwrap();
     }
+    console.wait_for("ω ", ANSWER_WITHIN).unwrap();
     // Nothing that is not there any more goes on.
     console.expect_quiet(QUIET).unwrap();
     appliance.power_off().unwrap();
