@@ -94,6 +94,8 @@ pub enum Error {
     Refused(String),
     /// It answered that nothing is changed until something else is.
     Unchanged(Reason, String),
+    /// Whoever was asked did not agree.
+    Declined,
     /// It answered that there is no such thing.
     Missing(String),
     /// What it was to be told is not what can be told.
@@ -131,6 +133,7 @@ impl Error {
             Self::Unchanged(Reason::NotAgreed, why) => {
                 Failure::new(Kind::NotAgreed, format!("nothing is changed: {why}")).help("agree to it with --yes")
             }
+            Self::Declined => Failure::new(Kind::NotAgreed, "nothing is changed"),
             Self::Unchanged(Reason::NotShown, why) => {
                 Failure::new(Kind::Overtaken, why).help("look at the plan again: the same command shows it")
             }
@@ -386,15 +389,20 @@ impl Client {
     pub fn change(&self, path: &str, what: &impl Serialize, mut step: impl FnMut(&str)) -> Result<Step, Error> {
         let body = serde_json::to_vec(what).map_err(|e| self.broken(&e))?;
         let mut last = None;
-        self.lines(Method::POST, path, body.into(), |one: Step| {
-            match one {
-                Step::Doing(words) => {
-                    self.progress.doing(&words);
-                    if !self.progress.cares() {
-                        step(&words);
+        self.lines(Method::POST, path, body.into(), |steps: Vec<Step>| {
+            for one in steps {
+                match one {
+                    Step::Doing(words) => {
+                        self.progress.doing(&words);
+                        if !self.progress.cares() {
+                            step(&words);
+                        }
+                    }
+                    other => {
+                        last = Some(other);
+                        break;
                     }
                 }
-                other => last = Some(other),
             }
             last.is_none()
         })?;
@@ -406,12 +414,12 @@ impl Client {
         }
     }
 
-    /// `GET /v1/logs`: calls `line` with each line as it comes, until there is none or it says no.
+    /// `GET /v1/logs`: calls `lines` with those that have come at once, until there are none or it says no.
     ///
     /// # Errors
     /// [`Error`].
-    pub fn logs(&self, query: &Query, line: impl FnMut(Line) -> bool) -> Result<(), Error> {
-        self.lines(Method::GET, &format!("/v1/logs?{query}"), Bytes::new(), line)
+    pub fn logs(&self, query: &Query, lines: impl FnMut(Vec<Line>) -> bool) -> Result<(), Error> {
+        self.lines(Method::GET, &format!("/v1/logs?{query}"), Bytes::new(), lines)
     }
 
     /// The same, without an end: when the conversation breaks, it is begun again where it was. `turn` is told when that
@@ -422,7 +430,7 @@ impl Client {
     pub fn follow(
         &self,
         query: &Query,
-        mut line: impl FnMut(Line) -> bool,
+        mut lines: impl FnMut(Vec<Line>) -> bool,
         mut turn: impl FnMut(Turn<'_>),
     ) -> Result<(), Error> {
         let mut query = Query { follow: true, ..query.clone() };
@@ -437,10 +445,11 @@ impl Client {
                 }
                 place.set(now);
             };
-            let each = |one: Line| {
-                place.set(place.get().map(|place| Place { number: one.seq + 1, ..place }));
+            let each = |some: Vec<Line>| {
+                let next = some.last().map(|last| last.seq + 1);
+                place.set(place.get().map(|place| Place { number: next.unwrap_or(place.number), ..place }));
                 wait = WAIT.0;
-                goes_on.set(line(one));
+                goes_on.set(lines(some));
                 goes_on.get()
             };
             let path = format!("/v1/logs?{query}");
@@ -474,15 +483,15 @@ impl Client {
         }
     }
 
-    /// Asks for what comes line by line, and calls `line` with each until there is none or it says no.
+    /// Asks for what comes line by line, and calls `lines` with those that have come at once until there are none or it says no.
     fn lines<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
         body: Bytes,
-        line: impl FnMut(T) -> bool,
+        lines: impl FnMut(Vec<T>) -> bool,
     ) -> Result<(), Error> {
-        self.lines_from(method, path, body, None, |_| (), line).map(|_| ())
+        self.lines_from(method, path, body, None, |_| (), lines).map(|_| ())
     }
 
     /// The same: `begun` sees the answer's head, and nothing may come for so long, not even an empty line. Whether a key ended it.
@@ -493,7 +502,7 @@ impl Client {
         body: Bytes,
         silent: Option<Duration>,
         begun: impl FnOnce(&HeaderMap),
-        mut line: impl FnMut(T) -> bool,
+        mut lines: impl FnMut(Vec<T>) -> bool,
     ) -> Result<bool, Error> {
         let silent = silent.unwrap_or(Duration::MAX);
         runtime()?.block_on(self.shown(async {
@@ -504,12 +513,25 @@ impl Client {
                 begun(answer.headers());
                 let (mut body, mut text) = (answer.into_body(), Vec::new());
                 while let Some(frame) = timeout(silent, body.frame()).await.map_err(|_| Error::Slow(silent))? {
-                    text.extend(frame.map_err(|e| self.broken(&e))?.data_ref().into_iter().flatten());
+                    let frame = frame.map_err(|e| self.broken(&e))?;
+                    text.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
                     let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
-                    for one in text[..whole].split(|b| *b == b'\n').filter(|one| !one.is_empty()) {
-                        if !line(serde_json::from_slice(one).map_err(|e| not_understood(theirs.as_ref(), &e))?) {
-                            return Ok(false);
+                    let each = text[..whole].split(|b| *b == b'\n').filter(|one| !one.is_empty());
+                    let (mut some, mut wrong) = (Vec::new(), None);
+                    for one in each {
+                        match serde_json::from_slice(one) {
+                            Ok(one) => some.push(one),
+                            Err(e) => {
+                                wrong = Some(not_understood(theirs.as_ref(), &e));
+                                break;
+                            }
                         }
+                    }
+                    if !some.is_empty() && !lines(some) {
+                        return Ok(false);
+                    }
+                    if let Some(wrong) = wrong {
+                        return Err(wrong);
                     }
                     text.drain(..whole);
                     if text.len() > MAX_ANSWER {
@@ -894,12 +916,12 @@ mod tests {
         });
         let (mut read, mut turns) = (Vec::new(), Vec::new());
         let query = Query { lines: Some(2), branes: vec!["a".into()], ..Query::default() };
-        let line = |line: Line| {
-            read.push(line.seq);
+        let lines = |lines: Vec<Line>| {
+            read.extend(lines.iter().map(|line| line.seq));
             read.len() < 4
         };
         let turn = |turn: Turn<'_>| turns.push(if let Turn::Again { anew } = turn { Some(anew) } else { None });
-        Client::new(socket).follow(&query, line, turn).unwrap();
+        Client::new(socket).follow(&query, lines, turn).unwrap();
         assert_eq!(read, [7, 8, 9, 0]);
         assert_eq!(turns, [None, Some(false), None, Some(true)]);
         let [first, second, third] = server.join().unwrap();

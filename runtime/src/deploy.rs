@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt::Write as _;
-use std::io::{self, BufRead as _, IsTerminal as _, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, UNIX_EPOCH};
 
-use anyhow::{bail, ensure};
+use anyhow::bail;
 use bytes::Bytes;
 use gaia_manifest::Image;
 use gaia_store::{Digest, Reference};
@@ -20,7 +20,7 @@ use crate::compile::MAX_COMPONENT;
 use crate::control::change::{counts, size};
 use crate::control::report::{BraneChange, Change, Deploy, Deployed, Graphs, PlanReport, Pushed, Step};
 use crate::failure::{Failure, Kind};
-use crate::registries;
+use crate::{operate, registries};
 
 /// What brings files to an appliance.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
@@ -135,11 +135,8 @@ fn deploy(
         out.write_all(plan_text(&plan).as_bytes())?;
         out.flush()?;
     }
-    if !yes && !plan.ends.is_empty() {
-        ensure!(
-            agreed(&format!("it {}", plan.ends.join("; it ")), json)?,
-            Failure::new(Kind::NotAgreed, "nothing is changed")
-        );
+    if !plan.ends.is_empty() {
+        operate::agreed(yes, &format!("it {}", plan.ends.join("; it ")), json)?;
         client.progress().again();
         asked.ends_states = true;
     }
@@ -184,20 +181,6 @@ fn component(path: &Path) -> Result<Bytes, Failure> {
         return Err(wrong(format!("{shown} is no WebAssembly")).help(help));
     }
     Ok(bytes.into())
-}
-
-/// Asks on the terminal; where there is none, or a script reads, that is an error which says what to do.
-fn agreed(what: &str, json: bool) -> anyhow::Result<bool> {
-    if json || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
-        let error = format!("nothing is changed: {what}; that has to be agreed to");
-        return Err(Failure::new(Kind::NotAgreed, error).help("agree to it with --yes").into());
-    }
-    let mut error = io::stderr();
-    write!(error, "{what}. Go on? [y/N] ")?;
-    error.flush()?;
-    let mut line = String::new();
-    io::stdin().lock().read_line(&mut line)?;
-    Ok(matches!(line.trim(), "y" | "Y" | "yes"))
 }
 
 /// How far it is, for whoever watches.

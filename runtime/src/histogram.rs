@@ -134,6 +134,20 @@ impl Counts {
         self.buckets.values().fold(0, |sum, count| sum.saturating_add(*count))
     }
 
+    /// How many are at most as large as each of these bounds, which grow. All that are have been counted; of those that are larger by
+    /// less than a 64th, some.
+    #[must_use]
+    pub fn up_to(&self, bounds: &[u64]) -> Vec<u64> {
+        let (mut left, mut seen) = (self.buckets.iter().peekable(), 0_u64);
+        let each = |bound: &u64| {
+            while let Some((_, count)) = left.next_if(|(at, _)| values((**at).into()).0 <= *bound) {
+                seen = seen.saturating_add(*count);
+            }
+            seen
+        };
+        bounds.iter().map(each).collect()
+    }
+
     /// The value below or at which this part of all values lies, within 0.8 %; nothing, if there are none.
     #[must_use]
     pub fn quantile(&self, part: f64) -> Option<u64> {
@@ -259,6 +273,20 @@ mod tests {
             prop_assert!(told.abs_diff(exact) * 128 <= exact, "{exact} told as {told}");
             prop_assert_eq!(counts.max, all[all.len() - 1]);
             prop_assert_eq!(counts.count(), all.len() as u64);
+        }
+
+        #[test]
+        fn all_up_to_a_bound_are_counted_and_few_above_it(
+            all in proptest::collection::vec(any_value(), 0..100),
+            bounds in proptest::collection::btree_set(any_value(), 0..20)
+        ) {
+            let bounds: Vec<u64> = bounds.into_iter().collect();
+            let counts = counts(&all);
+            for (bound, told) in bounds.iter().zip(counts.up_to(&bounds)) {
+                let up_to = |bound: u64| all.iter().filter(|value| (**value).min((1 << MOST) - 1) <= bound).count() as u64;
+                prop_assert!((up_to(*bound)..=up_to(bound + bound / 64)).contains(&told), "{told} up to {bound}");
+            }
+            prop_assert_eq!(counts.up_to(&[u64::MAX]), [all.len() as u64]);
         }
 
         #[test]

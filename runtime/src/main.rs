@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::io::{ErrorKind, IsTerminal as _, Write as _, stderr, stdin, stdout};
+use std::io::{ErrorKind, IsTerminal as _, Write as _, stderr, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -136,7 +136,7 @@ fn done(cli: Cli, words: &[OsString]) -> anyhow::Result<ExitCode> {
     let json = cli.json;
     let local = || Client::new(cli.api.clone());
     let client = || {
-        let client = cli.on.as_ref().map_or_else(|| Ok(local()), |on| reached(on, cli.accept_key));
+        let client = cli.on.as_ref().map_or_else(|| Ok(local()), |on| reached(on, cli.accept_key, cli.json));
         client.map(|client| client.showing(Progress::on_terminal(!json)))
     };
     match cli.command {
@@ -215,20 +215,15 @@ fn written(text: &str) -> anyhow::Result<()> {
     Ok(stdout().write_all(text.as_bytes())?)
 }
 
-/// The appliance at the other end of the network, if it is trusted. Who is at a terminal is asked.
-fn reached(on: &str, accepted: Option<PublicKey>) -> anyhow::Result<Client> {
+/// The appliance at the other end of the network, if it is trusted. Who is at a terminal is asked, unless a script reads.
+fn reached(on: &str, accepted: Option<PublicKey>, json: bool) -> anyhow::Result<Client> {
     let folder = Folder::from_environment()?;
     let host = folder.host(on)?;
     let remote = Remote::reach(&folder, host, accepted, |host, key| {
-        if !stdin().is_terminal() || !stderr().is_terminal() {
-            return false;
-        }
         let question = format!(
             "{host} is not known. It shows the key\n  {key}\nHold it against the one on its console. Is it the same? (yes/no) "
         );
-        let mut answer = String::new();
-        let asked = stderr().write_all(question.as_bytes()).and_then(|()| stdin().read_line(&mut answer));
-        asked.is_ok() && answer.trim() == "yes"
+        !json && gaia_prompt::asked(&question).is_ok_and(|answer| answer.is_some_and(|answer| answer.trim() == "yes"))
     })?;
     Ok(Client::remote(folder, remote))
 }

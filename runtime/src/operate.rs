@@ -191,16 +191,16 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
         Command::Secret(command) => return secret::run(command, client, json, out),
         Command::Graphs => client.graphs().map(|g| text(&g, json, deploy::graphs_text)),
         Command::Rollback { yes } => {
-            rollback(client, *yes).map(|last| match last {
+            rollback(client, *yes, json).map(|last| match last {
                 // As `deploy` has it.
                 Step::Done(done) => text(&done, json, deploy::deployed_text),
                 other => text(&other, json, |_| String::new()),
             })
         }
-        Command::Poweroff { yes } => agreed(*yes, &format!("{} switches off", client.place()))
+        Command::Poweroff { yes } => agreed(*yes, &format!("{} switches off", client.place()), json)
             .and_then(|()| client.poweroff())
             .map(|d| text(&d, json, |d| d.done.clone() + "\n")),
-        Command::Reboot { yes } => agreed(*yes, &format!("{} starts again", client.place()))
+        Command::Reboot { yes } => agreed(*yes, &format!("{} starts again", client.place()), json)
             .and_then(|()| client.reboot())
             .map(|d| text(&d, json, |d| d.done.clone() + "\n")),
     };
@@ -208,35 +208,39 @@ pub fn run(command: &Command, client: &Client, json: bool, out: &mut dyn Write) 
 }
 
 /// The way back; where it would end states, that is asked about.
-fn rollback(client: &Client, yes: bool) -> Result<Step, Error> {
+fn rollback(client: &Client, yes: bool, json: bool) -> Result<Step, Error> {
     let back = |ends_states| client.change("/v1/rollback", &Rollback { ends_states }, deploy::doing);
     match back(yes) {
         Err(Error::Unchanged(Reason::NotAgreed, ends)) => {
-            agreed(false, &ends)?;
+            agreed(false, &ends, json)?;
             back(true)
         }
         other => other,
     }
 }
 
-/// Asks whoever is at the terminal, unless that was agreed to beforehand.
-fn agreed(yes: bool, what: &str) -> Result<(), Error> {
+/// Asks whoever is at the terminal whether to go on, unless that was agreed to beforehand. A script is not asked, and one that reads JSON is a script whatever it stands at.
+///
+/// # Errors
+/// [`Reason::NotAgreed`] where nobody can be asked, [`Error::Declined`] if the answer is not yes.
+pub(crate) fn agreed(yes: bool, what: &str, json: bool) -> Result<(), Error> {
     if yes {
         return Ok(());
     }
-    match gaia_prompt::asked(&format!("{what}\nGo on? [y/N] ")).map_err(Error::Output)? {
+    let answer =
+        if json { None } else { gaia_prompt::asked(&format!("{what}\nGo on? [y/N] ")).map_err(Error::Output)? };
+    match answer {
         Some(answer) if matches!(answer.trim(), "y" | "Y" | "yes") => Ok(()),
-        Some(_) => Err(Error::Refused("nothing is done".into())),
+        Some(_) => Err(Error::Declined),
         None => Err(Error::Unchanged(Reason::NotAgreed, what.to_owned())),
     }
 }
 
 fn logs(client: &Client, query: &Query, json: bool, color: Color, out: &mut dyn Write) -> Result<(), Error> {
     let colours = color.is_wanted();
-    let human = |line: &Line| (if colours { line.coloured_text() } else { line.text() }) + "\n";
     let mut written = Ok(());
-    let show = |line: Line| {
-        written = out.write_all(text(&line, json, human).as_bytes()).and_then(|()| out.flush());
+    let show = |lines: Vec<Line>| {
+        written = write(&lines, json, colours, out);
         written.is_ok()
     };
     if query.follow {
@@ -266,12 +270,18 @@ fn logs(client: &Client, query: &Query, json: bool, color: Color, out: &mut dyn 
 /// [`Error`], with what to do about it; [`Error::Output`] if nobody takes what is written.
 pub fn show(client: &Client, json: bool, out: &mut dyn Write) -> Result<(), Error> {
     let (colours, mut written) = (Color::Auto.is_wanted(), Ok(()));
-    client.logs(&Query { follow: true, ..Query::default() }, |line| {
-        let line = text(&line, json, |line| if colours { line.coloured_text() } else { line.text() } + "\n");
-        written = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+    client.logs(&Query { follow: true, ..Query::default() }, |lines| {
+        written = write(&lines, json, colours, out);
         written.is_ok()
     })?;
     written.map_err(Error::Output)
+}
+
+/// Writes the lines that have come at once, at once.
+fn write(lines: &[Line], json: bool, colours: bool, out: &mut dyn Write) -> io::Result<()> {
+    let human = |line: &Line| (if colours { line.coloured_text() } else { line.text() }) + "\n";
+    let all: String = lines.iter().map(|line| text(line, json, human)).collect();
+    out.write_all(all.as_bytes()).and_then(|()| out.flush())
 }
 
 /// What is counted, as JSON has it.

@@ -108,6 +108,9 @@ pub struct Options {
     /// Send the log to this collector, too
     #[arg(long, value_name = "syslog+tls://HOST[:PORT]")]
     pub log_export: Option<Collector>,
+    /// Leave the log where it is kept, as an appliance does: `gaia logs` shows it
+    #[arg(long, short)]
+    pub quiet: bool,
     /// Leave every process without its sandbox, to measure what it costs: never with a component that you do not trust
     #[arg(long)]
     pub without_sandbox: bool,
@@ -209,7 +212,8 @@ pub fn run(options: &Options, json: bool) -> anyhow::Result<ExitCode> {
             "WARNING: --without-sandbox is for measuring. A component that breaks out of WebAssembly has all that this user has",
         );
     }
-    let mut supervisor = Supervisor::new(launcher, cores, listeners, &[Kind::Control, Kind::Log])?;
+    let standing: &[Kind] = if options.quiet { &[Kind::Control] } else { &[Kind::Control, Kind::Log] };
+    let mut supervisor = Supervisor::new(launcher, cores, listeners, standing)?;
     supervisor.run()?;
     let served = supervisor.serving().is_some();
     supervisor.machine().finish();

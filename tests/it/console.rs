@@ -50,7 +50,7 @@ fn keys_edit_the_line_tab_completes_it_and_what_is_dangerous_is_asked() {
         console.send_bytes(b"poweroff\r").unwrap();
         appliance.line("the appliance switches off", ANSWER_WITHIN).unwrap();
         console.wait_for("Go on? [y/N] ", ANSWER_WITHIN).unwrap();
-        typed(no, "nothing is done");
+        typed(no, "nothing is changed");
     }
     typed("status\r", SERVES);
     console.send_bytes(b"poweroff\r").unwrap();
@@ -223,7 +223,7 @@ fn a_laptop_has_the_same_prompt_and_top() {
     assert_eq!(run.get("/hello").unwrap().status, 200);
     laptop.types("", " RES 200 ");
     laptop.types("qpoweroff\r", "Go on? [y/N] ");
-    laptop.types("n\r", "nothing is done");
+    laptop.types("n\r", "nothing is changed");
     laptop.types("\x04", "\r\n");
     assert!(console.wait().unwrap().success());
     assert_eq!(modes(), before);

@@ -31,7 +31,7 @@ fn read(text: &str, open_metrics: bool) -> Result<Samples, String> {
             let words: Vec<&str> = rest.splitn(3, ' ').collect();
             match words[..] {
                 ["TYPE", name, of] => {
-                    let known = ["counter", "gauge"].contains(&of) || (open_metrics && of == "info");
+                    let known = ["counter", "gauge", "histogram"].contains(&of) || (open_metrics && of == "info");
                     let called = open_metrics == (of == "counter" && !name.ends_with("_total")) || of != "counter";
                     if !known || !called || !families.insert(name.to_owned()) {
                         return Err(format!("{line}: a family of no kind, or that was there"));
@@ -46,9 +46,15 @@ fn read(text: &str, open_metrics: bool) -> Result<Samples, String> {
         }
         let (of, value) = line.rsplit_once(' ').ok_or_else(|| format!("{line}: no value"))?;
         let (name, labels) = of.split_once('{').map_or((of, None), |(name, rest)| (name, rest.strip_suffix('}')));
-        let end = if open_metrics { ["_total", "", "_info"] } else { ["", "", ""] };
-        let wanted = format!("{family}{}", end[["counter", "gauge", "info"].iter().position(|k| *k == kind).unwrap()]);
-        if name != wanted || of.contains('{') != labels.is_some() {
+        let ends: &[&str] = match (kind.as_str(), open_metrics) {
+            ("histogram", _) => &["_bucket", "_sum", "_count"],
+            ("counter", true) => &["_total"],
+            ("info", true) => &["_info"],
+            _ => &[""],
+        };
+        let named = ends.iter().any(|end| name == format!("{family}{end}"));
+        let bounded = of.contains(",le=\"") == (kind == "histogram" && name.ends_with("_bucket"));
+        if !named || !bounded || of.contains('{') != labels.is_some() {
             return Err(format!("{line}: is no sample of {family}, which is a {kind}"));
         }
         for label in labels.iter().flat_map(|labels| labels.split("\",")) {
@@ -140,7 +146,18 @@ fn what_is_counted_is_right_outlives_a_deploy_and_is_read_by_collectors_alone() 
         is(&now, name, value);
     }
     assert!(of(&now, "gaia_uptime_seconds") > 0.0 && of(&now, "gaia_memory_total_bytes") > 1e8);
-    assert!(of(&now, "gaia_brane_cold_seconds_total{brane=\"hello\"}") > 0.0);
+    for name in ["cold_seconds", "exec_seconds", "cpu_seconds", "memory_bytes"] {
+        let series = |end: &str, le: &str| format!("gaia_brane_{name}_{end}{{brane=\"hello\"{le}}}");
+        is(&now, &series("count", ""), 5.0);
+        is(&now, &series("bucket", ",le=\"+Inf\""), 5.0);
+        assert!(of(&now, &series("sum", "")) > 0.0, "{name}");
+        is(&now, &format!("gaia_brane_{name}_count{{brane=\"faulty\"}}"), 1.0);
+    }
+    // It takes longer than a microsecond and less than ten seconds, and has more than a page of memory.
+    is(&now, "gaia_brane_exec_seconds_bucket{brane=\"hello\",le=\"0.000001\"}", 0.0);
+    is(&now, "gaia_brane_exec_seconds_bucket{brane=\"hello\",le=\"10.0\"}", 5.0);
+    is(&now, "gaia_brane_memory_bytes_bucket{brane=\"hello\",le=\"65536.0\"}", 0.0);
+    is(&now, "gaia_brane_memory_bytes_bucket{brane=\"hello\",le=\"16777216.0\"}", 5.0);
     let version = format!("gaia_build_info{{version=\"{}\"", env!("CARGO_PKG_VERSION"));
     assert!(now.keys().any(|name| name.starts_with(&version)), "{now:#?}");
 

@@ -409,8 +409,8 @@ fn posted(run: &Run, body: &str) -> String {
     String::from_utf8_lossy(&answer[..read]).into_owned()
 }
 
-/// Would miss: an appliance that forgets a secret with its power, an operator who cannot set one over the network, and a role that can
-/// be looked into.
+/// Would miss: an appliance that forgets a secret with its power, an operator who cannot set one over the network or at the prompt, a
+/// console that shows what is typed, and a role that can be looked into.
 #[test]
 fn an_appliance_with_a_data_disk_keeps_them_and_nobody_looks_into_its_roles() {
     let ann = Person::new();
@@ -445,4 +445,22 @@ fn an_appliance_with_a_data_disk_keeps_them_and_nobody_looks_into_its_roles() {
 
     let (appliance, _) = started_for(&ann, Setup::default().data(Drive::file(&disk)));
     assert!(answered(&appliance).starts_with(&value(1)));
+    let console = appliance.machine().console();
+    let set = |typed: &str, told: &str| {
+        console.send_line("secret set version VERSION").unwrap();
+        console.wait_for("VERSION of version, which is not shown: ", ANSWER_WITHIN).unwrap();
+        console.send_bytes(typed.as_bytes()).unwrap();
+        appliance.line(told, ANSWER_WITHIN).unwrap()
+    };
+    set(&format!("{}\x03", value(2)), "nothing is changed");
+    assert!(answered(&appliance).starts_with(&value(1)));
+    // A mistake is taken back.
+    set(&format!("{}9\x7f\r", value(3)), "VERSION of version is set anew");
+    assert!(answered(&appliance).starts_with(&value(3)));
+    // What was typed is not among the lines that the arrow brings back.
+    console.send_bytes(b"\x1b[A\x1b[A").unwrap();
+    console.wait_for("secret set version VERSION", ANSWER_WITHIN).unwrap();
+    console.send_bytes(b"\x15").unwrap();
+    let transcript = appliance.power_off().unwrap();
+    assert!(!transcript.contains(MARK), "{transcript}");
 }

@@ -48,7 +48,7 @@ pub(crate) fn up(network: &Network) -> Result<String, Failure> {
             false
         }
     };
-    note("lo: up".into(), route.link_up(index("lo")?));
+    note("lo: up".into(), route.link(index("lo")?, IFF_UP));
     if network.address.is_empty() && network.interface.is_none() {
         return Ok("no address is configured: [network] address = [\"10.0.2.15/24\"] in gaia.toml".into());
     }
@@ -57,7 +57,7 @@ pub(crate) fn up(network: &Network) -> Result<String, Failure> {
         None => first_ethernet()?,
     };
     let interface = index(&name)?;
-    note(format!("{name}: up"), route.link_up(interface));
+    note(format!("{name}: up"), route.link(interface, IFF_UP));
     let mut said = name;
     for Prefix { address, length } in &network.address {
         let prefix = Prefix { address: *address, length: *length };
@@ -71,6 +71,16 @@ pub(crate) fn up(network: &Network) -> Result<String, Failure> {
         }
     }
     if wrong.is_empty() { Ok(said) } else { Err(format!("{}; what is there: {said}", wrong.join("; ")).into()) }
+}
+
+/// Takes every interface but the loopback down, as the last thing before the machine ends: the kernel stops the devices
+/// then, and whatever it still had to send of its own accord, a router solicitation for one, would go into a queue that is
+/// gone. What cannot be taken down is left: the machine ends all the same.
+pub(crate) fn down() {
+    let Ok(route) = Route::open() else { return };
+    for interface in interfaces().iter().filter(|name| *name != "lo").filter_map(|name| index(name).ok()) {
+        let _ = route.link(interface, 0);
+    }
 }
 
 fn index(name: &str) -> Result<u32, Failure> {
@@ -141,11 +151,12 @@ impl Route {
         Ok(Self(socket))
     }
 
-    fn link_up(&self, interface: u32) -> Result<(), Errno> {
+    /// Brings an interface up with [`IFF_UP`], takes it down with 0.
+    fn link(&self, interface: u32, flags: u32) -> Result<(), Errno> {
         // struct ifinfomsg: family, padding, type, index, flags, mask of flags to change.
         let mut header = vec![0_u8; 4];
         header.extend(interface.to_ne_bytes());
-        header.extend(IFF_UP.to_ne_bytes());
+        header.extend(flags.to_ne_bytes());
         header.extend(IFF_UP.to_ne_bytes());
         self.ask(Request::new(RTM_NEWLINK, 0, &header))
     }

@@ -190,7 +190,11 @@ impl History {
         line.seq = number;
         let mut lines = self.lines.borrow_mut();
         let mut shares = self.shares.borrow_mut();
-        let own = shares.entry(line.brane.clone()).or_default();
+        // Nearly always it is there, and its name need not be copied.
+        if !shares.contains_key(&line.brane) {
+            shares.insert(line.brane.clone(), Share::default());
+        }
+        let Some(own) = shares.get_mut(&line.brane) else { return };
         own.numbers.push_back(number);
         own.cost += cost(&line);
         self.cost.set(self.cost.get() + cost(&line));
@@ -450,7 +454,8 @@ impl Follower {
     fn piece(&mut self, history: &History) -> Vec<u8> {
         let mut piece = Vec::new();
         self.read(history, |line| {
-            piece.extend(serde_json::to_vec(line).unwrap_or_default());
+            // To a vector nothing can fail, and a line is a map with words for keys.
+            let _ = serde_json::to_writer(&mut piece, line);
             piece.push(b'\n');
             piece.len() < PIECE
         });

@@ -7,7 +7,7 @@
 //! does not fall when a deploy has replaced them. There is a series for each brane of the graph that serves, at most
 //! [`MAX_BRANES`](crate::plan::MAX_BRANES), and for no other.
 //!
-//! Distributions of `cold`, `exec` and `cpu` have their place beside [`BRANE`], as families of a kind of their own.
+//! Distributions are those of [the profile](super::profile), told in buckets that are the same for all.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -30,8 +30,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use super::profile::Work;
 use super::remote::Pace;
 use super::{Control, Runs, Worker, api};
+use crate::histogram::{Counts, Distribution};
 use crate::plan::Plan;
 use crate::statistics::{self, OWN_STATUSES};
 
@@ -57,6 +59,8 @@ enum Kind {
     Gauge,
     /// 1, and its labels say what there is to say.
     Info,
+    /// How many were up to each of some bounds, how many there were, and their sum.
+    Histogram,
 }
 
 /// Counts of `T` that are shown under one name.
@@ -81,8 +85,8 @@ const fn seconds<T>(name: &'static str, help: &'static str, of: fn(&T) -> &Atomi
     Family { name, kind: Kind::Counter, help, nanos: true, of }
 }
 
-/// What is shown of each brane.
-const BRANE: [Family<statistics::Brane>; 12] = [
+/// What is shown of each brane as it counts it.
+const BRANE: [Family<statistics::Brane>; 11] = [
     counter("gaia_brane_requests", "Requests routed to the brane", |b| &b.requests),
     gauge("gaia_brane_busy", "Instances that serve now", |b| &b.busy),
     gauge("gaia_brane_waiting", "Requests that wait for an instance now", |b| &b.waiting),
@@ -95,9 +99,50 @@ const BRANE: [Family<statistics::Brane>; 12] = [
     seconds("gaia_brane_throttled_seconds", "Time that instances waited for their quota of a core", |b| {
         &b.throttled_ns
     }),
-    seconds("gaia_brane_cold_seconds", "Time from dispatch to the guests' first instruction", |b| &b.cold_ns),
     counter("gaia_brane_log_dropped", "Records of the brane that the log had no room for", |b| &b.log.dropped),
 ];
+
+/// How something is distributed over the requests of a brane.
+struct Spread {
+    name: &'static str,
+    help: &'static str,
+    /// In ns, shown in seconds.
+    nanos: bool,
+    bounds: &'static [u64],
+    of: fn(&Work) -> &Distribution,
+}
+
+/// Bounds of times, in ns: from 1 µs to 10 s.
+const TIMES: [u64; 22] = {
+    let (mut bounds, mut at, mut decade) = ([0; 22], 0, 1_000);
+    while at < bounds.len() {
+        bounds[at] = decade * [1, 2, 5][at % 3];
+        at += 1;
+        decade *= if at % 3 == 0 { 10 } else { 1 };
+    }
+    bounds
+};
+
+/// Bounds of memory, in bytes: from 64 KiB to 4 GiB, which is all that a guest can address.
+const SIZES: [u64; 9] = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30, 4 << 30];
+
+/// What is shown of each brane as a distribution.
+const SPREADS: [Spread; 4] = [
+    times("gaia_brane_cold_seconds", "Time from dispatch to the guest's first instruction", |w| &w.cold),
+    times("gaia_brane_exec_seconds", "Time that a request was in the guest", |w| &w.exec),
+    times("gaia_brane_cpu_seconds", "Processor time of a request in the guest", |w| &w.cpu),
+    Spread {
+        name: "gaia_brane_memory_bytes",
+        help: "What an instance held at the end of its request",
+        nanos: false,
+        bounds: &SIZES,
+        of: |w| &w.mem,
+    },
+];
+
+const fn times(name: &'static str, help: &'static str, of: fn(&Work) -> &Distribution) -> Spread {
+    Spread { name, help, nanos: true, bounds: &TIMES, of }
+}
 
 /// What is shown of all workers together.
 const WORKER: [Family<statistics::Worker>; 7] = [
@@ -175,6 +220,7 @@ impl Text {
         let (word, end) = match (kind, self.open_metrics) {
             (Kind::Counter, _) => ("counter", "_total"),
             (Kind::Gauge, _) => ("gauge", ""),
+            (Kind::Histogram, _) => ("histogram", ""),
             (Kind::Info, true) => ("info", "_info"),
             (Kind::Info, false) => ("gauge", "_info"),
         };
@@ -190,12 +236,34 @@ impl Text {
     }
 
     fn sample(&mut self, labels: &[(&str, &str)], value: impl Display) {
-        self.out.push_str(&self.name);
+        self.ending("", labels, value);
+    }
+
+    /// A sample whose name has an end that is not its family's.
+    fn ending(&mut self, end: &str, labels: &[(&str, &str)], value: impl Display) {
+        let _ = write!(self.out, "{}{end}", self.name);
         for (at, (name, value)) in labels.iter().enumerate() {
             let value = value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
             let _ = write!(self.out, "{}{name}=\"{value}\"", if at == 0 { '{' } else { ',' });
         }
         let _ = writeln!(self.out, "{} {value}", if labels.is_empty() { "" } else { "}" });
+    }
+
+    /// How a brane's values are distributed. Bounds are numbers with a point, as both forms read them.
+    fn spread(&mut self, brane: &str, of: &Counts, spread: &Spread) {
+        let shown = |value: u64| {
+            #[expect(clippy::cast_precision_loss, reason = "bounds are short")]
+            let value = if spread.nanos { Duration::from_nanos(value).as_secs_f64() } else { value as f64 };
+            value
+        };
+        for (bound, count) in spread.bounds.iter().zip(of.up_to(spread.bounds)) {
+            let bound = shown(*bound);
+            let bound = if bound.fract() == 0.0 { format!("{bound:.1}") } else { bound.to_string() };
+            self.ending("_bucket", &[("brane", brane), ("le", &bound)], count);
+        }
+        self.ending("_bucket", &[("brane", brane), ("le", "+Inf")], of.count());
+        self.ending("_sum", &[("brane", brane)], shown(of.sum));
+        self.ending("_count", &[("brane", brane)], of.count());
     }
 
     fn alone(&mut self, name: &str, kind: Kind, help: &str, value: impl Display) {
@@ -301,6 +369,13 @@ pub(super) async fn text(control: &Control, open_metrics: bool) -> String {
         for brane in branes() {
             let of = |counted: &Counted| counted.branes.get(&brane.name).map_or(0, |row| row[at]);
             text.counted(&[("brane", &brane.name)], family.nanos, of(&now) + of(&past));
+        }
+    }
+    let works: Vec<Work> = branes().map(|brane| control.work(&brane.name)).collect();
+    for spread in &SPREADS {
+        text.family(spread.name, Kind::Histogram, spread.help);
+        for work in &works {
+            text.spread(&work.name, &(spread.of)(work).0, spread);
         }
     }
     text.finished()
@@ -476,8 +551,28 @@ mod tests {
     }
 
     #[test]
+    fn a_distribution_is_told_by_bounds_its_sum_and_its_count() {
+        assert_eq!((TIMES[0], TIMES[1], TIMES[2], TIMES[3], TIMES[21]), (1_000, 2_000, 5_000, 10_000, 10_000_000_000));
+        let mut text = Text::new(false);
+        let spread = Spread { bounds: &[1_000, 1_000_000_000], ..times("gaia_x_seconds", "Time", |w| &w.exec) };
+        text.family(spread.name, Kind::Histogram, spread.help);
+        let told = r#"{"count":4,"sum":3500000500,"max":3000000000,"buckets":[[500,1],[250000000,2],[3000000000,1]]}"#;
+        let of: Distribution = serde_json::from_str(told).unwrap();
+        text.spread("fetch", &of.0, &spread);
+        assert_eq!(
+            text.finished(),
+            "# TYPE gaia_x_seconds histogram\n# HELP gaia_x_seconds Time\n\
+             gaia_x_seconds_bucket{brane=\"fetch\",le=\"0.000001\"} 1\n\
+             gaia_x_seconds_bucket{brane=\"fetch\",le=\"1.0\"} 3\n\
+             gaia_x_seconds_bucket{brane=\"fetch\",le=\"+Inf\"} 4\n\
+             gaia_x_seconds_sum{brane=\"fetch\"} 3.5000005\ngaia_x_seconds_count{brane=\"fetch\"} 4\n"
+        );
+    }
+
+    #[test]
     fn names_are_those_that_promtool_has_nothing_against() {
         let all = BRANE.iter().map(|f| (f.name, f.help)).chain(WORKER.iter().map(|f| (f.name, f.help)));
+        let all = all.chain(SPREADS.iter().map(|s| (s.name, s.help)));
         let mut names: Vec<&str> = all.clone().map(|(name, _)| name).collect();
         for (name, help) in all {
             assert!(name.starts_with("gaia_") && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");

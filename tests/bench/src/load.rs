@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::event::{Timespec, epoll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
-use rustix::time::{ClockId, clock_gettime};
 
 /// What is read at a time, in bytes.
 const READ: usize = 64 * 1024;
@@ -20,6 +19,9 @@ const MOST: usize = 1 << 20;
 const FROM_ONE_ADDRESS: usize = 20_000;
 /// How long a server may be silent before the run is given up.
 const SILENT: Duration = Duration::from_secs(20);
+
+/// The longest that a look which finds nothing takes; what is longer, another had the core.
+const LOOK: Duration = Duration::from_micros(20);
 
 /// A request, and where to.
 #[derive(Debug, Clone)]
@@ -58,8 +60,8 @@ pub struct Outcome {
     pub seconds: f64,
     /// Of each right answer, in nanoseconds.
     pub latencies: Vec<u64>,
-    /// The part of its core that the load itself took.
-    pub own_cpu: f64,
+    /// The part of the time in which the load itself had something to do.
+    pub busy: f64,
 }
 
 /// An answer that is there as a whole.
@@ -256,7 +258,8 @@ impl Connections {
         Ok(some)
     }
 
-    /// Runs a load.
+    /// Runs a load. It never sleeps: a server on the same machine would pay for waking it, the slower it is the more often, and one
+    /// whose clients are elsewhere does not.
     ///
     /// # Errors
     /// If a connection breaks or the server is silent.
@@ -266,32 +269,27 @@ impl Connections {
         let mut outcome = Outcome::default();
         let mut free: Vec<usize> = (0..self.all.len()).collect();
         let step = load.rate.map(|rate| Duration::from_secs_f64(1.0 / rate));
-        let (mut due, mut heard, mut cpu) = (begun, begun, None);
+        let (mut due, mut heard, mut idle) = (begun, begun, Duration::ZERO);
         loop {
             let now = Instant::now();
-            if cpu.is_none() && now >= counts {
-                cpu = Some(thread_cpu());
-            }
             if now >= ends {
                 break;
             }
             ensure!(now < heard + SILENT, "no answer for {} s", SILENT.as_secs());
-            let within = if let Some(step) = step {
+            if let Some(step) = step {
                 while due <= now
                     && let Some(at) = free.pop()
                 {
                     self.ask(at, due)?;
                     due += step;
                 }
-                // What is due soon is not slept for: a sleep is some 50 µs longer than it should be.
-                Duration::ZERO
             } else {
                 while let Some(at) = free.pop() {
                     self.ask(at, Instant::now())?;
                 }
-                Duration::from_millis(100)
-            };
-            let some = self.wait(within, |at, since, right| {
+            }
+            let looks = Instant::now();
+            let some = self.wait(Duration::ZERO, |at, since, right| {
                 let now = Instant::now();
                 free.push(at);
                 outcome.all += 1;
@@ -306,10 +304,16 @@ impl Connections {
             })?;
             if some {
                 heard = Instant::now();
+            } else {
+                if looks >= counts {
+                    idle += looks.elapsed().min(LOOK);
+                }
+                // Whatever of the server runs on this core has its turn at once.
+                std::thread::yield_now();
             }
         }
         outcome.seconds = load.measured.as_secs_f64();
-        outcome.own_cpu = cpu.map_or(0.0, |before| thread_cpu().saturating_sub(before).as_secs_f64() / outcome.seconds);
+        outcome.busy = 1.0 - (idle.as_secs_f64() / outcome.seconds).min(1.0);
         // What is still on its way is waited for: the next run must not meet it.
         let until = Instant::now() + SILENT;
         while free.len() < self.all.len() {
@@ -355,11 +359,6 @@ fn connected(to: SocketAddr, number: usize) -> Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_nonblocking(true)?;
     Ok(stream)
-}
-
-fn thread_cpu() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.cast_unsigned(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 #[cfg(test)]

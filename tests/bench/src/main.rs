@@ -241,7 +241,7 @@ fn measure(workload: Workload, options: &Options, place: &Place, samples: &mut V
                     latencies: Sorted::new(outcome.latencies),
                     wrong: outcome.wrong,
                     server_cpu_us: cpu.ok().map(|cpu| cpu.as_secs_f64() * 1e6 / outcome.all.max(1) as f64),
-                    client_cpu: outcome.own_cpu,
+                    client_busy: outcome.busy,
                 });
             }
         }

@@ -36,8 +36,8 @@ pub struct Row {
     /// Processor time of the serving process for each request, in microseconds: the median of the rounds. Who else uses the
     /// core changes it less than requests/s.
     pub server_cpu_us: Option<f64>,
-    /// The part of its core that the load took; near 1, it was the load that was measured.
-    pub client_cpu: f64,
+    /// The part of the time in which the load had something to do; near 1, it was the load that was measured.
+    pub client_busy: f64,
     /// The requests/s of each round.
     pub rounds: Vec<f64>,
 }
@@ -136,7 +136,7 @@ pub struct Sample {
     /// As in [`Row`], of this round.
     pub server_cpu_us: Option<f64>,
     /// As in [`Row`].
-    pub client_cpu: f64,
+    pub client_busy: f64,
 }
 
 /// The rows of these samples, which are in the order of their rounds.
@@ -167,7 +167,7 @@ pub fn rows(samples: &[Sample]) -> Vec<Row> {
             ratio_to_wasmtime_serve: to("wasmtime"),
             wrong: group.iter().map(|s| s.wrong).sum(),
             server_cpu_us: median(group.iter().filter_map(|s| s.server_cpu_us)),
-            client_cpu: median(group.iter().map(|s| s.client_cpu)).unwrap_or(0.0),
+            client_busy: median(group.iter().map(|s| s.client_busy)).unwrap_or(0.0),
             rounds: own,
             server,
             workload,
@@ -232,7 +232,7 @@ impl Report {
             if row.wrong > 0 {
                 let _ = write!(notes, " ({} wrong answers)", row.wrong);
             }
-            if row.client_cpu > 0.9 {
+            if row.client_busy > 0.9 {
                 notes.push_str(" (the load's core was full)");
             }
             let _ = writeln!(
@@ -421,7 +421,7 @@ mod tests {
             latencies: Sorted::new((1..=1000).map(|n| n * 1000).collect()),
             wrong: 0,
             server_cpu_us: Some(20.0),
-            client_cpu: 0.5,
+            client_busy: 0.5,
         }
     }
 

@@ -266,7 +266,7 @@ pub fn gaia(graph: &Graph, component: &Path, place: &Place, one_core: bool, more
     let manifest = folder.path().join("graph.zgraph.toml");
     std::fs::write(&manifest, graph.manifest())?;
     let mut command = Command::new(std::path::absolute(&place.gaia)?);
-    command.arg("run").arg(manifest).args(["--workers", "1", "--listen", &to.to_string()]).args(more);
+    command.arg("run").arg(manifest).args(["--quiet", "--workers", "1", "--listen", &to.to_string()]).args(more);
     command.env("XDG_RUNTIME_DIR", folder.path());
     // With two cores a worker runs on the first of them.
     let both = [place.server, place.client];
