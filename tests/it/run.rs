@@ -42,6 +42,23 @@ fn it_serves_shows_its_log_and_ends_when_interrupted() {
     assert!(error.all().iter().all(|line| line.starts_with('Ω')), "{:#?}", error.all());
 }
 
+/// Would miss: a log that is printed although nobody wants it, or that is not kept then.
+#[test]
+fn a_quiet_one_keeps_its_log_and_prints_none() {
+    let folder = Folder::with(HELLO).unwrap();
+    let run = folder.run(&["--quiet"]).unwrap().serving().unwrap();
+    assert_eq!(run.get("/hello").unwrap().text(), "hello\n");
+    let until = Instant::now() + Duration::from_secs(30);
+    while !run.gaia(&["logs"]).unwrap().1.contains(" END cold=") {
+        assert!(Instant::now() < until, "{:?}", run.gaia(&["logs"]));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(run.ask("status").unwrap()["roles"].as_array().unwrap().iter().all(|role| role["name"] != "log"));
+    let output = run.output.clone();
+    assert!(run.interrupt().unwrap().success());
+    assert_eq!(output.all(), Vec::<String>::new());
+}
+
 /// Would miss: an error that `gaia check` finds and a deploy does not, or in other words.
 #[test]
 fn a_missing_grant_is_refused_alike_by_check_and_run() {

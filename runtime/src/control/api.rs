@@ -242,7 +242,6 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
     let mut workers: Vec<_> = control.workers.borrow().iter().filter_map(worker).collect();
     workers.sort_by_key(|w| (w.generation, w.core));
     let plan = control.plan.borrow().clone();
-    let past = control.past.borrow().clone();
     let uname = rustix::system::uname();
     let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     Ok(Status {
@@ -254,8 +253,8 @@ async fn status(control: &Control) -> anyhow::Result<Status> {
         generation: plan.as_ref().map(|p| p.generation),
         branes: plan.as_ref().map_or(0, |p| p.branes.len()),
         roles,
-        requests: past.requests + control.sum(|w| &w.statistics.worker.requests),
-        lost: past.lost,
+        requests: control.requests(),
+        lost: control.counted.borrow().lost,
         workers,
         memory: memory(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()),
         cores: cores.ok(),

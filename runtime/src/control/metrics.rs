@@ -3,11 +3,11 @@
 //! `GET /metrics` of the API, and of a plain port of its own if `gaia.toml` opens one: whoever collects metrics speaks neither
 //! raw keys nor has one. Nothing else is answered there.
 //!
-//! Each worker counts in its own page, and what it counted goes with it; so what ended workers counted is added up here, and a counter
-//! does not fall when a deploy has replaced them. There is a series for each brane of the graph that serves, at most
+//! Each worker counts in its own page, and what it counted goes with it; so what ended workers counted is added up, of branes in
+//! [the profile](super::profile) and of workers here, and a counter does not fall when a deploy has replaced them. There is a series for each brane of the graph that serves, at most
 //! [`MAX_BRANES`](crate::plan::MAX_BRANES), and for no other.
 //!
-//! Distributions are those of [the profile](super::profile), told in buckets that are the same for all.
+//! Distributions are those of the profile, told in buckets that are the same for all.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -32,9 +32,8 @@ use tokio::time::timeout;
 
 use super::profile::Work;
 use super::remote::Pace;
-use super::{Control, Runs, Worker, api};
+use super::{Control, Worker, api};
 use crate::histogram::{Counts, Distribution};
-use crate::plan::Plan;
 use crate::statistics::{self, OWN_STATUSES};
 
 /// The one path of the port.
@@ -63,43 +62,46 @@ enum Kind {
     Histogram,
 }
 
-/// Counts of `T` that are shown under one name.
+/// What is counted of `T` and shown under one name.
 struct Family<T> {
     name: &'static str,
     kind: Kind,
     help: &'static str,
     /// In ns, shown in seconds.
     nanos: bool,
-    of: fn(&T) -> &AtomicU64,
+    of: fn(&T) -> u64,
 }
 
-const fn counter<T>(name: &'static str, help: &'static str, of: fn(&T) -> &AtomicU64) -> Family<T> {
+const fn counter<T>(name: &'static str, help: &'static str, of: fn(&T) -> u64) -> Family<T> {
     Family { name, kind: Kind::Counter, help, nanos: false, of }
 }
 
-const fn gauge<T>(name: &'static str, help: &'static str, of: fn(&T) -> &AtomicU64) -> Family<T> {
+const fn gauge<T>(name: &'static str, help: &'static str, of: fn(&T) -> u64) -> Family<T> {
     Family { name, kind: Kind::Gauge, help, nanos: false, of }
 }
 
-const fn seconds<T>(name: &'static str, help: &'static str, of: fn(&T) -> &AtomicU64) -> Family<T> {
-    Family { name, kind: Kind::Counter, help, nanos: true, of }
-}
+/// What each brane has counted.
+const BRANE: [Family<Work>; 8] = [
+    counter("gaia_brane_requests", "Requests routed to the brane", |w| w.requests),
+    counter("gaia_brane_instances", "Instances that were given a request", |w| w.instances),
+    counter("gaia_brane_traps", "Instances that trapped", |w| w.traps),
+    counter("gaia_brane_late", "Requests whose deadline passed", |w| w.late),
+    counter("gaia_brane_refused", "Requests refused because none would become free in time", |w| w.refused),
+    counter("gaia_brane_killed", "Instances ended for the memory that they had", |w| w.killed),
+    Family {
+        nanos: true,
+        ..counter("gaia_brane_throttled_seconds", "Time that instances waited for their quota of a core", |w: &Work| {
+            w.throttled_ns
+        })
+    },
+    counter("gaia_brane_log_dropped", "Records of the brane that the log had no room for", |w| w.dropped),
+];
 
-/// What is shown of each brane as it counts it.
-const BRANE: [Family<statistics::Brane>; 11] = [
-    counter("gaia_brane_requests", "Requests routed to the brane", |b| &b.requests),
-    gauge("gaia_brane_busy", "Instances that serve now", |b| &b.busy),
-    gauge("gaia_brane_waiting", "Requests that wait for an instance now", |b| &b.waiting),
-    gauge("gaia_brane_ready", "Instances that are ready for a request", |b| &b.ready),
-    counter("gaia_brane_instances", "Instances that were given a request", |b| &b.instances),
-    counter("gaia_brane_traps", "Instances that trapped", |b| &b.traps),
-    counter("gaia_brane_late", "Requests whose deadline passed", |b| &b.late),
-    counter("gaia_brane_refused", "Requests refused because none would become free in time", |b| &b.refused),
-    counter("gaia_brane_killed", "Instances ended for the memory that they had", |b| &b.killed),
-    seconds("gaia_brane_throttled_seconds", "Time that instances waited for their quota of a core", |b| {
-        &b.throttled_ns
-    }),
-    counter("gaia_brane_log_dropped", "Records of the brane that the log had no room for", |b| &b.log.dropped),
+/// How each brane is now.
+const NOW: [Family<statistics::Brane>; 3] = [
+    gauge("gaia_brane_busy", "Instances that serve now", |b| b.busy.load(Relaxed)),
+    gauge("gaia_brane_waiting", "Requests that wait for an instance now", |b| b.waiting.load(Relaxed)),
+    gauge("gaia_brane_ready", "Instances that are ready for a request", |b| b.ready.load(Relaxed)),
 ];
 
 /// How something is distributed over the requests of a brane.
@@ -146,59 +148,63 @@ const fn times(name: &'static str, help: &'static str, of: fn(&Work) -> &Distrib
 
 /// What is shown of all workers together.
 const WORKER: [Family<statistics::Worker>; 7] = [
-    counter("gaia_connections", "Connections accepted", |w| &w.accepted),
-    gauge("gaia_connections_open", "Connections open now", |w| &w.open),
-    counter("gaia_requests", "Requests whose head was read", |w| &w.requests),
-    gauge("gaia_requests_inside", "Requests without a finished answer now", |w| &w.inside),
-    counter("gaia_requests_without_route", "Requests that no brane is served at", |w| &w.no_route),
-    counter("gaia_output_bytes", "Bytes that guests wrote to their standard output and error", |w| &w.output),
-    counter("gaia_log_dropped", "Records of the workers themselves that the log had no room for", |w| &w.log.dropped),
+    counter("gaia_connections", "Connections accepted", |w| w.accepted.load(Relaxed)),
+    gauge("gaia_connections_open", "Connections open now", |w| w.open.load(Relaxed)),
+    counter("gaia_requests", "Requests whose head was read", |w| w.requests.load(Relaxed)),
+    gauge("gaia_requests_inside", "Requests without a finished answer now", |w| w.inside.load(Relaxed)),
+    counter("gaia_requests_without_route", "Requests that no brane is served at", |w| w.no_route.load(Relaxed)),
+    counter("gaia_output_bytes", "Bytes that guests wrote to their standard output and error", |w| {
+        w.output.load(Relaxed)
+    }),
+    counter("gaia_log_dropped", "Records of the workers themselves that the log had no room for", |w| {
+        w.log.dropped.load(Relaxed)
+    }),
 ];
 
-/// What was counted in workers and keepers that are gone.
+/// What workers and keepers counted that are gone; of branes, the profile has it.
 #[derive(Debug, Default)]
 pub(super) struct Counted {
     workers: [u64; WORKER.len()],
     own: [u64; OWN_STATUSES.len()],
-    branes: BTreeMap<String, [u64; BRANE.len()]>,
+    /// Requests that ended with their worker.
+    pub(super) lost: u64,
     /// Ends that were not in order, by kind of process: `worker`, `keeper`.
     ended: BTreeMap<&'static str, u64>,
 }
 
 impl Counted {
-    /// Of a process that is there, or was until now: all that it counts, by the names of its plan.
-    fn add(&mut self, worker: &Worker, plan: Option<&Plan>, kinds: &[Kind]) {
-        let counts = |kind: Kind| kinds.contains(&kind);
-        let page = &worker.statistics;
-        if worker.runs.core().is_some() {
-            for (sum, family) in self.workers.iter_mut().zip(&WORKER).filter(|(_, family)| counts(family.kind)) {
-                *sum += (family.of)(&page.worker).load(Relaxed);
-            }
-            for (sum, own) in self.own.iter_mut().zip(&page.worker.own) {
-                *sum += own.load(Relaxed);
-            }
+    /// Of a process that is there, or was until now.
+    fn add(&mut self, worker: &Worker, kinds: &[Kind]) {
+        if worker.runs.core().is_none() {
+            return;
         }
-        let names: Vec<&str> = match &worker.runs {
-            Runs::Kept { name, .. } => vec![name],
-            // Only the rows in use: to read one of the others would have the kernel find memory for it.
-            Runs::Branes { .. } => plan.iter().flat_map(|p| &p.branes).map(|b| b.name.as_str()).collect(),
-        };
-        for (name, row) in names.into_iter().zip(&page.branes) {
-            let sums = match self.branes.get_mut(name) {
-                Some(sums) => sums,
-                None => self.branes.entry(name.to_owned()).or_default(),
-            };
-            for (sum, family) in sums.iter_mut().zip(&BRANE).filter(|(_, family)| counts(family.kind)) {
-                *sum += (family.of)(row).load(Relaxed);
-            }
+        let page = &worker.statistics.worker;
+        for (sum, family) in self.workers.iter_mut().zip(&WORKER).filter(|(_, family)| kinds.contains(&family.kind)) {
+            *sum += (family.of)(page);
+        }
+        for (sum, own) in self.own.iter_mut().zip(&page.own) {
+            *sum += own.load(Relaxed);
         }
     }
 
     /// A process has ended: what it counted stays, and what was there of it is gone.
-    pub(super) fn ended(&mut self, worker: &Worker, plan: Option<&Plan>, in_order: bool) {
-        self.add(worker, plan, &[Kind::Counter]);
+    pub(super) fn ended(&mut self, worker: &Worker, in_order: bool) {
+        self.add(worker, &[Kind::Counter]);
         let kind = if worker.runs.core().is_some() { "worker" } else { "keeper" };
         *self.ended.entry(kind).or_default() += u64::from(!in_order);
+        let page = &worker.statistics.worker;
+        // A request on its way on a fresh connection is lost to the client as well.
+        self.lost += page.inside.load(Relaxed) + page.fresh.load(Relaxed);
+    }
+}
+
+impl Control {
+    /// Requests whose head was read, by the workers that are there and those that are gone.
+    pub(super) fn requests(&self) -> u64 {
+        let past = &self.counted.borrow().workers;
+        let gone =
+            WORKER.iter().zip(past).find(|(family, _)| family.name == "gaia_requests").map_or(0, |(_, sum)| *sum);
+        gone + self.sum(|worker| &worker.statistics.worker.requests)
     }
 }
 
@@ -292,14 +298,19 @@ pub(super) async fn text(control: &Control, open_metrics: bool) -> String {
     // Init's list may be a moment late, and nobody waits for it without an end.
     let roles = timeout(IDLE, control.init.roles()).await.ok().and_then(Result::ok).unwrap_or_default();
     let mut now = Counted::default();
+    let mut rows: BTreeMap<String, [u64; NOW.len()]> = BTreeMap::new();
     for worker in control.workers.borrow().iter() {
-        let plan = control.plans.borrow().get(&worker.generation).cloned();
-        now.add(worker, plan.as_deref(), &[Kind::Counter, Kind::Gauge]);
+        now.add(worker, &[Kind::Counter, Kind::Gauge]);
+        for (row, name) in worker.rows(control) {
+            let sums = rows.entry(name).or_default();
+            for (sum, family) in sums.iter_mut().zip(&NOW) {
+                *sum += worker.statistics.branes.get(row).map_or(0, family.of);
+            }
+        }
     }
     let plan = control.plan.borrow().clone();
-    let mut past = control.counted.borrow_mut();
-    // Of what does not serve any more nothing is shown, so nothing is kept.
-    past.branes.retain(|name, _| plan.iter().any(|plan| plan.branes.iter().any(|brane| brane.name == *name)));
+    let works: Vec<Work> = plan.iter().flat_map(|plan| &plan.branes).map(|brane| control.work(&brane.name)).collect();
+    let past = control.counted.borrow();
 
     let mut text = Text::new(open_metrics);
     text.family("gaia_build", Kind::Info, "What runs");
@@ -344,12 +355,7 @@ pub(super) async fn text(control: &Control, open_metrics: bool) -> String {
     for kind in ["worker", "keeper"] {
         text.sample(&[("role", kind)], past.ended.get(kind).copied().unwrap_or(0));
     }
-    text.alone(
-        "gaia_requests_lost",
-        Kind::Counter,
-        "Requests that ended with their worker",
-        control.past.borrow().lost,
-    );
+    text.alone("gaia_requests_lost", Kind::Counter, "Requests that ended with their worker", past.lost);
 
     for (at, family) in WORKER.iter().enumerate() {
         text.family(family.name, family.kind, family.help);
@@ -359,19 +365,22 @@ pub(super) async fn text(control: &Control, open_metrics: bool) -> String {
     for (at, status) in OWN_STATUSES.iter().enumerate() {
         text.sample(&[("status", &status.to_string())], now.own[at] + past.own[at]);
     }
-    let branes = || plan.iter().flat_map(|plan| &plan.branes);
     text.family("gaia_brane_replicas", Kind::Gauge, "Instances that the brane may have");
-    for brane in branes() {
+    for brane in plan.iter().flat_map(|plan| &plan.branes) {
         text.sample(&[("brane", &brane.name)], brane.replicas);
     }
-    for (at, family) in BRANE.iter().enumerate() {
+    for (at, family) in NOW.iter().enumerate() {
         text.family(family.name, family.kind, family.help);
-        for brane in branes() {
-            let of = |counted: &Counted| counted.branes.get(&brane.name).map_or(0, |row| row[at]);
-            text.counted(&[("brane", &brane.name)], family.nanos, of(&now) + of(&past));
+        for work in &works {
+            text.counted(&[("brane", &work.name)], family.nanos, rows.get(&work.name).map_or(0, |row| row[at]));
         }
     }
-    let works: Vec<Work> = branes().map(|brane| control.work(&brane.name)).collect();
+    for family in &BRANE {
+        text.family(family.name, family.kind, family.help);
+        for work in &works {
+            text.counted(&[("brane", &work.name)], family.nanos, (family.of)(work));
+        }
+    }
     for spread in &SPREADS {
         text.family(spread.name, Kind::Histogram, spread.help);
         for work in &works {
@@ -571,8 +580,8 @@ mod tests {
 
     #[test]
     fn names_are_those_that_promtool_has_nothing_against() {
-        let all = BRANE.iter().map(|f| (f.name, f.help)).chain(WORKER.iter().map(|f| (f.name, f.help)));
-        let all = all.chain(SPREADS.iter().map(|s| (s.name, s.help)));
+        let all = BRANE.iter().map(|f| (f.name, f.help)).chain(NOW.iter().map(|f| (f.name, f.help)));
+        let all = all.chain(WORKER.iter().map(|f| (f.name, f.help))).chain(SPREADS.iter().map(|s| (s.name, s.help)));
         let mut names: Vec<&str> = all.clone().map(|(name, _)| name).collect();
         for (name, help) in all {
             assert!(name.starts_with("gaia_") && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");

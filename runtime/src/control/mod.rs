@@ -115,13 +115,6 @@ pub struct Worker {
     gone: Cell<bool>,
 }
 
-/// What served before a worker was replaced, so that sums do not fall.
-#[derive(Debug, Default, Clone)]
-struct Past {
-    requests: u64,
-    lost: u64,
-}
-
 /// Control's state, shared by its tasks.
 pub struct Control {
     init: init::Init,
@@ -151,7 +144,6 @@ pub struct Control {
     /// Who this appliance is to operators.
     device: crate::key::Key,
     refusals: RefCell<remote::Refusals>,
-    past: RefCell<Past>,
     profiles: profile::Profiles,
     /// What processes counted that are gone.
     counted: RefCell<metrics::Counted>,
@@ -240,7 +232,6 @@ async fn live(descriptors: &mut Descriptors, data: Option<OwnedFd>, registries: 
         trial: RefCell::default(),
         device,
         refusals: RefCell::default(),
-        past: RefCell::default(),
         profiles: profile::Profiles::default(),
         counted: RefCell::default(),
         words: RefCell::default(),
@@ -431,13 +422,7 @@ impl Control {
         self.profile_ended(&worker);
         worker.gone.set(true);
         worker.records.notify_one();
-        let plan = self.plans.borrow().get(&worker.generation).cloned();
-        self.counted.borrow_mut().ended(&worker, plan.as_deref(), cause == "exited with status 0");
-        let counted = &worker.statistics.worker;
-        let mut past = self.past.borrow_mut();
-        past.requests += counted.requests.load(Relaxed);
-        // A request on its way on a fresh connection is lost to the client as well.
-        past.lost += counted.inside.load(Relaxed) + counted.fresh.load(Relaxed);
+        self.counted.borrow_mut().ended(&worker, cause == "exited with status 0");
     }
 
     /// All instances at work, in all workers and keepers.

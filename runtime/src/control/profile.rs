@@ -54,6 +54,10 @@ pub struct Work {
     pub refused: u64,
     /// Ended because of memory.
     pub killed: u64,
+    /// Instances that were given a request.
+    pub instances: u64,
+    /// Records of it that the log had no room for.
+    pub dropped: u64,
     /// Nanoseconds that its instances waited for their quota of the core.
     pub throttled_ns: u64,
     /// How often it is asked.
@@ -81,6 +85,8 @@ impl Work {
             late: self.late.saturating_sub(before.late),
             refused: self.refused.saturating_sub(before.refused),
             killed: self.killed.saturating_sub(before.killed),
+            instances: self.instances.saturating_sub(before.instances),
+            dropped: self.dropped.saturating_sub(before.dropped),
             throttled_ns: self.throttled_ns.saturating_sub(before.throttled_ns),
             rate: self.rate.clone(),
             cold: of(&self.cold, &before.cold),
@@ -242,13 +248,20 @@ impl Worker {
     /// Adds what this process has counted of the brane in this row of its page.
     fn add_to(&self, work: &mut Work, row: usize) {
         let Some(counted) = self.statistics.branes.get(row) else { return };
-        work.requests = work.requests.saturating_add(counted.requests.load(Relaxed));
-        work.failed = work.failed.saturating_add(counted.failed.load(Relaxed));
-        work.traps = work.traps.saturating_add(counted.traps.load(Relaxed));
-        work.late = work.late.saturating_add(counted.late.load(Relaxed));
-        work.refused = work.refused.saturating_add(counted.refused.load(Relaxed));
-        work.killed = work.killed.saturating_add(counted.killed.load(Relaxed));
-        work.throttled_ns = work.throttled_ns.saturating_add(counted.throttled_ns.load(Relaxed));
+        let counts = [
+            (&mut work.requests, &counted.requests),
+            (&mut work.failed, &counted.failed),
+            (&mut work.traps, &counted.traps),
+            (&mut work.late, &counted.late),
+            (&mut work.refused, &counted.refused),
+            (&mut work.killed, &counted.killed),
+            (&mut work.instances, &counted.instances),
+            (&mut work.dropped, &counted.log.dropped),
+            (&mut work.throttled_ns, &counted.throttled_ns),
+        ];
+        for (sum, count) in counts {
+            *sum = sum.saturating_add(count.load(Relaxed));
+        }
         // Where there never was an instance there is nothing to read.
         if counted.instances.load(Relaxed) > 0 {
             let counts = statistics::distributions(&self.page, row);
@@ -259,8 +272,8 @@ impl Worker {
         }
     }
 
-    /// The rows of its page, and whose they are.
-    fn rows(&self, control: &Control) -> Vec<(usize, String)> {
+    /// The rows of its page that are in use, and whose they are: to read one of the others would have the kernel find memory for it.
+    pub(super) fn rows(&self, control: &Control) -> Vec<(usize, String)> {
         match &self.runs {
             Runs::Kept { name, .. } => vec![(0, name.clone())],
             Runs::Branes { .. } => {
