@@ -221,7 +221,7 @@ fn reached(on: &str, accepted: Option<PublicKey>, json: bool) -> anyhow::Result<
     let host = folder.host(on)?;
     let remote = Remote::reach(&folder, host, accepted, |host, key| {
         let question = format!(
-            "{host} is not known. It shows the key\n  {key}\nHold it against the one on its console. Is it the same? (yes/no) "
+            "{host} is not known. It shows the key\n  {key}\nHold it against the one on its console.\nIs it the same? (yes/no) "
         );
         !json && gaia_prompt::asked(&question).is_ok_and(|answer| answer.is_some_and(|answer| answer.trim() == "yes"))
     })?;

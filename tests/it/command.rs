@@ -369,8 +369,13 @@ impl Terminal {
     fn start(home: &Home, folder: &Path, arguments: &[&str]) -> Self {
         let words: Vec<String> = arguments.iter().map(|word| format!("'{word}'")).collect();
         let line = format!("exec '{}' {}", out("bin/gaia").display(), words.join(" "));
-        let mut command = home.command("script");
-        command.args(["-q", "-e", "-c", &line, "/dev/null"]).current_dir(folder).env("SHELL", "/bin/sh");
+        // Who waits for what never comes fails, and does not hang.
+        let mut command = home.command("timeout");
+        let within = ANSWER_WITHIN.as_secs().to_string();
+        command
+            .args([&within, "script", "-q", "-e", "-c", &line, "/dev/null"])
+            .current_dir(folder)
+            .env("SHELL", "/bin/sh");
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let shown = BufReader::new(child.stdout.take().unwrap());
         Self { child, shown, all: Vec::new() }

@@ -90,8 +90,8 @@ fn boot_and_supervise() -> Result<Infallible, String> {
     let supervisor = Supervisor::new(appliance, cores, listeners.unwrap_or_default(), &standing);
     let mut supervisor = supervisor.map_err(|e| e.to_string())?;
     let end = supervisor.run().map_err(|e| e.to_string())?;
-    supervisor.machine().finish();
     network::down();
+    supervisor.machine().finish();
     // Inside, so that the watchdog is still held while the machine ends: closing it unasked is an alarm.
     power::end(end)
 }

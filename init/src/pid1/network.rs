@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use gaia_init::settings::{Network, Prefix};
 use rustix::io::Errno;
@@ -73,14 +74,19 @@ pub(crate) fn up(network: &Network) -> Result<String, Failure> {
     if wrong.is_empty() { Ok(said) } else { Err(format!("{}; what is there: {said}", wrong.join("; ")).into()) }
 }
 
-/// Takes every interface but the loopback down, as the last thing before the machine ends: the kernel stops the devices
-/// then, and whatever it still had to send of its own accord, a router solicitation for one, would go into a queue that is
-/// gone. What cannot be taken down is left: the machine ends all the same.
+/// How long the kernel has to tell the devices what being down changes: it does that in work of its own, which waits on this
+/// processor and which nothing here can wait for.
+const SETTLES: Duration = Duration::from_millis(100);
+
+/// Takes every interface but the loopback down, near the end of the machine: the kernel stops the devices then, and whatever it
+/// still had to send of its own accord, a router solicitation for one, would go into a queue that is gone. What cannot be
+/// taken down is left: the machine ends all the same.
 pub(crate) fn down() {
     let Ok(route) = Route::open() else { return };
     for interface in interfaces().iter().filter(|name| *name != "lo").filter_map(|name| index(name).ok()) {
         let _ = route.link(interface, 0);
     }
+    std::thread::sleep(SETTLES);
 }
 
 fn index(name: &str) -> Result<u32, Failure> {

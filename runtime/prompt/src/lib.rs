@@ -174,7 +174,8 @@ impl Prompt {
     }
 }
 
-/// Asks a question of whoever is at the terminal; its last line stands before the answer. `None` if nobody is.
+/// Asks a question of whoever is at the terminal; its last line stands before the answer, and is cut to half of the terminal's width, so
+/// it is short. `None` if nobody is there.
 /// Ctrl-C and Ctrl-D are an empty answer.
 ///
 /// # Errors
