@@ -219,7 +219,8 @@ fn rollback(client: &Client, yes: bool, json: bool) -> Result<Step, Error> {
     }
 }
 
-/// Asks whoever is at the terminal whether to go on, unless that was agreed to beforehand. A script is not asked, and one that reads JSON is a script whatever it stands at.
+/// Asks whoever is at the terminal whether to go on, unless that was agreed to beforehand. A script is not asked, and one that reads
+/// JSON is a script whatever it stands at.
 ///
 /// # Errors
 /// [`Reason::NotAgreed`] where nobody can be asked, [`Error::Declined`] if the answer is not yes.
