@@ -1,5 +1,5 @@
 //! Touches `?touch_kib=` KiB (default 0), waits `?sleep_ms=` milliseconds (default 0), touches `?then_touch_kib=` KiB that it has asked for before (default
-//! 0) and answers; or, with `?trickle_ms=`, answers at once with a body that goes on
+//! 0), waits `?then_sleep_ms=` milliseconds with all of it (default 0) and answers; or, with `?trickle_ms=`, answers at once with a body that goes on
 //! byte by byte, one each so many milliseconds, for `?sleep_ms=` milliseconds in all.
 
 use std::time::Duration;
@@ -51,7 +51,11 @@ impl Guest for Wait {
         match asked(&request) {
             Ok((sleep, 0)) => {
                 std::thread::sleep(Duration::from_millis(sleep));
-                std::hint::black_box(touched(later));
+                let _later = std::hint::black_box(touched(later));
+                match gaia_branes::query_number(&request, "then_sleep_ms", 0) {
+                    Ok(0) | Err(_) => {}
+                    Ok(millis) => std::thread::sleep(Duration::from_millis(millis)),
+                }
                 gaia_branes::answer(out, 200, &format!("waited {sleep} ms\n"));
             }
             Ok((sleep, pause)) => trickle(out, Duration::from_millis(pause), sleep / pause),

@@ -256,13 +256,18 @@ fn wants_all(client: usize) -> &'static str {
     ["/touch", LATE, "/grow?mib=60", LATE][client % 4]
 }
 
+fn full() -> (Folder, Run) {
+    let folder = Folder::with(FULL).unwrap();
+    let memory = format!("{BUDGET_MIB}MiB");
+    let run = folder.run(&["--workers", "1", "--memory", &memory]).unwrap().serving().unwrap();
+    (folder, run)
+}
+
 /// Would miss: guests that take what the machine has, together; one whose end costs the others their answer; a worker that
 /// is ended instead.
 #[test]
 fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
-    let folder = Folder::with(FULL).unwrap();
-    let memory = format!("{BUDGET_MIB}MiB");
-    let run = folder.run(&["--workers", "1", "--memory", &memory]).unwrap().serving().unwrap();
+    let (_folder, run) = full();
     let pid = run.worker().unwrap();
     println!("before: {} MiB", kib(pid, "VmRSS").unwrap() / 1024);
     let (mut most, mut answers) = (0, 0);
@@ -330,6 +335,47 @@ fn guests_that_want_all_memory_get_less_or_end_and_the_others_notice_nothing() {
         run.until(brane, "busy", |n| n == 0).unwrap();
     }
     assert_eq!(run.get("/grow?mib=60").unwrap().text(), "got 60 of 60 MiB\n", "there is enough again");
+}
+
+/// Would miss: a worker that grants whatever is asked until it has counted for the first time.
+#[test]
+fn the_first_request_gets_no_more_than_there_is() {
+    let folder = Folder::with("[brane.touch]\nimage = \"file:./touch.wasm\"\n").unwrap();
+    for _ in 0..3 {
+        let run = folder.run(&["--workers", "1", "--memory", "48MiB"]).unwrap().serving().unwrap();
+        assert_eq!(run.get("/touch").unwrap().status, 500, "32 MiB below the mark at 30");
+        run.output.line("memory allocation of 33554432 bytes failed").unwrap();
+        assert!(run.interrupt().unwrap().success());
+    }
+}
+
+/// Would miss: guests that each get their memory while there is enough, wait, and touch it one right after the other, quicker
+/// than the count of memory is read from tick to tick: in huge pages that is some 80 MiB.
+#[test]
+fn what_was_granted_long_ago_is_not_touched_beyond_what_there_is() {
+    let (_folder, run) = full();
+    let pid = run.worker().unwrap();
+    let began = Instant::now();
+    let got: Vec<_> = std::thread::scope(|scope| {
+        // Not together, or too little would be granted: what was granted in the last ticks counts as touched.
+        let each = |client: u32| {
+            let (run, since) = (&run, client * 5 * TICK);
+            scope.spawn(move || {
+                std::thread::sleep(since.saturating_sub(began.elapsed()));
+                let left = Duration::from_secs(2).saturating_sub(began.elapsed());
+                let path = format!("/late?then_touch_kib=32768&sleep_ms={}&then_sleep_ms=500", left.as_millis());
+                run.get(&path).unwrap().status
+            })
+        };
+        let clients: Vec<_> = (0..24).map(each).collect();
+        clients.into_iter().map(|client| client.join().unwrap()).collect()
+    });
+    let (most, killed) = (kib(pid, "VmHWM").unwrap() / 1024, run.of("late", "killed").unwrap());
+    println!("at most {most} MiB of {BUDGET_MIB}; {killed} were ended: {got:?}");
+    assert!(most < BUDGET_MIB);
+    assert!(got.iter().all(|status| [200, 503].contains(status)));
+    assert_eq!(got.iter().filter(|status| **status == 503).count() as u64, killed);
+    assert!(got.contains(&200) && killed > 0, "nothing was short: this shows nothing");
 }
 
 const NEAR: &str = r#"

@@ -16,9 +16,9 @@ use wasmtime::{Engine, Store, UpdateDeadline};
 use wasmtime_wasi_http::p2::bindings::{Proxy, ProxyPre};
 
 use super::host::{HANDLES, Host, Means};
-use super::memory::Held;
+use super::memory::{Held, Share};
 use super::pages::Pages;
-use super::turns::{Replica, Replicas, Turns};
+use super::turns::{Replica, Replicas, Terms, Turns};
 use crate::capability::Granted;
 use crate::log::{Log, Subject};
 use crate::stacks::{LONGEST_NAME, Sampler};
@@ -184,7 +184,8 @@ impl Brane {
         let late = |_| wasmtime::format_err!("its start has not ended after {} s", FIRST_WITHIN.as_secs());
         let throttled = AtomicU64::default();
         let start = self.pre.instantiate_async(&mut instance.store);
-        let start = tokio::time::timeout(FIRST_WITHIN, self.turns().run(start, None, replica, &throttled));
+        let terms = Terms { cpu: None, replica, throttled: &throttled, memory: None };
+        let start = tokio::time::timeout(FIRST_WITHIN, self.turns().run(start, terms));
         instance.proxy = Some(start.await.map_err(late)??);
         self.start.set(self.start.get().min(began.elapsed()));
         Ok(instance)
@@ -314,6 +315,11 @@ impl Brane {
         store.data_mut().runs_until = self.means.turns.ticks.now() + ticks;
         // At the first it is seen where it is, if it is to be seen at all.
         store.set_epoch_deadline(if self.sampler.is_some() { 1 } else { ticks });
+    }
+
+    /// What an instance that has this much takes of the memory that there is.
+    pub fn share<'a>(&'a self, held: &'a Held) -> Share<'a> {
+        Share { pressure: &self.means.pressure, held }
     }
 
     /// The order of turns on its core.

@@ -47,7 +47,7 @@ use super::host::{Host, Means};
 use super::link::{self, Asked, HEADER, Outcome};
 use super::memory::Held;
 use super::serve::word;
-use super::turns::{Replica, TICK, thread_cpu};
+use super::turns::{Replica, TICK, Terms, thread_cpu};
 use crate::channel::{Channel, read_whole};
 use crate::histogram::nanos;
 use crate::log::{Event, Log, Subject};
@@ -298,7 +298,9 @@ impl Keeper {
         let held = Arc::<Held>::default();
         let mut store = brane.store(self.replica.into(), Arc::clone(&held));
         let work = brane.pre().instantiate_async(&mut store);
-        let work = brane.turns().run(work, None, self.quota.as_ref(), &brane.count().throttled_ns);
+        let throttled = &brane.count().throttled_ns;
+        let terms = Terms { cpu: None, replica: self.quota.as_ref(), throttled, memory: None };
+        let work = brane.turns().run(work, terms);
         let late = |_| wasmtime::format_err!("its start has not ended after {} s", MADE_WITHIN.as_secs());
         let proxy = tokio::time::timeout(MADE_WITHIN, work).await.map_err(late)??;
         let cold = since.elapsed();
@@ -430,7 +432,13 @@ impl Keeper {
         let outparam = wasi.new_response_outparam(sender).map_err(|e| ("response", e))?;
         let count = self.brane.count();
         let call = kept.proxy.wasi_http_incoming_handler().call_handle(&mut kept.store, request, outparam);
-        let mut call = pin!(self.brane.turns().run(call, Some(cpu), self.quota.as_ref(), &count.throttled_ns));
+        let terms = Terms {
+            cpu: Some(cpu),
+            replica: self.quota.as_ref(),
+            throttled: &count.throttled_ns,
+            memory: Some(self.brane.share(&kept.held)),
+        };
+        let mut call = pin!(self.brane.turns().run(call, terms));
         let mut late = pin!(tokio::time::sleep_until(deadline.into()));
         // Whoever hangs up leaves the rest of the answer to be drained, or the guest would wait for room.
         let mut settled = pin!(sending.settled());

@@ -9,18 +9,23 @@
 //!
 //! What counts is what is touched, not what is declared: on the appliance the count of the workers' cgroup, elsewhere
 //! this process's own resident size. The thread that ticks reads it at each tick, by position from a file that was open
-//! before the worker was sealed: that takes a microsecond, and nothing on the path of a request.
+//! before the worker was sealed: that takes a microsecond, and nothing on the path of a request. In huge pages a guest
+//! touches in a tick what it was granted long before, and the next guest in the next: whoever may have huge pages has its turns only
+//! after a reading of its own, and none while there is too little.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use anyhow::Context as _;
 use gaia_tmpfs::Budget;
 use tokio::sync::Notify;
+
+use super::turns::TICK;
+use crate::engine::SINGLE;
 
 /// What one worker's guests can touch before the largest is ended, in bytes: for three ticks (one until it is read, one until
 /// the running guest stops, one until the memory is back) at 2 GiB/s, which is what a core touches in pages of 4 KiB.
@@ -107,9 +112,10 @@ impl Meter {
 /// it was granted just before a reading is there before the next one tells.
 const GRANTS: usize = 3;
 
-/// How much guests have touched, seen from the marks. Written by the thread that ticks, read by all.
+/// How much guests have touched, seen from the marks. Written by whoever reads the meter, read by all.
 #[derive(Debug)]
 pub struct Pressure {
+    meter: OnceLock<Meter>,
     /// Bytes beyond the first mark; 0 while there is enough.
     beyond_near: AtomicU64,
     /// Bytes beyond the second.
@@ -127,6 +133,7 @@ pub struct Pressure {
 impl Default for Pressure {
     fn default() -> Self {
         Self {
+            meter: OnceLock::new(),
             beyond_near: AtomicU64::default(),
             beyond_over: AtomicU64::default(),
             left: AtomicU64::new(u64::MAX),
@@ -138,12 +145,23 @@ impl Default for Pressure {
 }
 
 impl Pressure {
-    /// Reads the meter. What cannot be read changes nothing.
-    pub fn read(&self, meter: &Meter) {
-        let Ok(now) = meter.read() else { return };
+    /// What is granted from now on is of what this meter says is left. Only the first counts.
+    pub fn measure(&self, meter: Meter) {
+        let _ = self.meter.set(meter);
+        self.read();
+    }
+
+    /// A tick is over: what was granted some ticks ago is there, or it never will be.
+    pub fn tick(&self) {
         let next = (self.newest.load(Relaxed) + 1) % GRANTS;
         self.granted[next].store(0, Relaxed);
         self.newest.store(next, Relaxed);
+        self.read();
+    }
+
+    /// Reads the meter. What cannot be read changes nothing.
+    fn read(&self) {
+        let Some((meter, now)) = self.meter.get().and_then(|meter| Some((meter, meter.read().ok()?))) else { return };
         self.left.store(meter.marks.near.saturating_sub(now) / meter.workers, Relaxed);
         self.beyond_near.store(now.saturating_sub(meter.marks.near), Relaxed);
         self.beyond_over.store(now.saturating_sub(meter.marks.over), Relaxed);
@@ -179,6 +197,34 @@ impl Pressure {
     #[must_use]
     pub fn over(&self) -> u64 {
         self.beyond_over.load(Relaxed)
+    }
+}
+
+/// What one instance touches, and whether there is room for more of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Share<'a> {
+    /// What is left.
+    pub pressure: &'a Pressure,
+    /// What it has.
+    pub held: &'a Held,
+}
+
+impl Share<'_> {
+    /// Whether it may go on. One that has only single pages always may: what those take until the next tick is reckoned with.
+    #[must_use]
+    pub fn may_go_on(&self) -> bool {
+        if self.held.bytes() <= SINGLE {
+            return true;
+        }
+        self.pressure.read();
+        self.pressure.over() == 0
+    }
+
+    /// Waits until it may, which is when the largest have ended. It may be one of them.
+    pub async fn room(&self) {
+        while !self.may_go_on() {
+            tokio::time::sleep(TICK).await;
+        }
     }
 }
 
@@ -301,15 +347,13 @@ mod tests {
     #[test]
     fn a_cgroup_and_a_process_are_read_as_the_kernel_writes_them() {
         let mut group = tempfile();
-        let meter = Meter::of_group(group.try_clone().unwrap().into(), 1 << 30, 1);
         let pressure = Pressure::default();
+        pressure.measure(Meter::of_group(group.try_clone().unwrap().into(), 1 << 30, 1));
         for (bytes, low, over) in
             [(0, true, false), (1 << 30, false, true), (1000 << 20, false, true), (900 << 20, true, false)]
         {
-            group.set_len(0).unwrap();
-            std::io::Seek::rewind(&mut group).unwrap();
-            writeln!(group, "{bytes}").unwrap();
-            pressure.read(&meter);
+            hold(&mut group, bytes);
+            pressure.tick();
             assert_eq!((pressure.is_low(), pressure.beyond_over.load(Relaxed) > 0), (low, over), "{bytes}");
         }
         let own = Meter::of_process(1 << 30).unwrap();
@@ -322,22 +366,43 @@ mod tests {
     /// Would miss: guests that are each granted what is left, before any of them has touched it.
     #[test]
     fn what_was_granted_counts_until_the_readings_must_have_seen_it() {
-        let mut group = tempfile();
-        let meter = Meter::of_group(group.try_clone().unwrap().into(), 256 << 20, 1);
         let pressure = Pressure::default();
         assert!(pressure.grant(1 << 40), "without a meter");
-        writeln!(group, "{}", 84 << 20).unwrap();
-        for _ in 0..GRANTS {
-            pressure.read(&meter);
-        }
+        let pressure = Pressure::default();
+        pressure.measure(Meter::of_group(holding(84 << 20).into(), 256 << 20, 1));
         assert!(pressure.grant(60 << 20));
-        assert!(!pressure.grant(41 << 20), "100 MiB were left");
+        assert!(!pressure.grant(41 << 20), "100 MiB were left, before the first tick");
         assert!(pressure.grant(40 << 20));
-        pressure.read(&meter);
-        pressure.read(&meter);
+        pressure.tick();
+        pressure.tick();
+        pressure.read();
         assert!(!pressure.grant(1), "none of it has been touched yet");
-        pressure.read(&meter);
+        pressure.tick();
         assert!(pressure.grant(100 << 20), "it had its time");
+    }
+
+    /// Would miss: one that goes on by what was read at the last tick; a small one that waits for the large.
+    #[tokio::test]
+    async fn who_may_have_huge_pages_goes_on_only_when_there_is_room() {
+        let (mut group, small, large) = (holding(84 << 20), held(SINGLE), held(SINGLE + 1));
+        let pressure = Pressure::default();
+        pressure.measure(Meter::of_group(group.try_clone().unwrap().into(), 256 << 20, 1));
+        let [small, large] = [&small, &large].map(|held| Share { pressure: &pressure, held });
+        assert!(small.may_go_on() && large.may_go_on());
+        hold(&mut group, 209 << 20);
+        assert!(small.may_go_on() && !large.may_go_on());
+        assert_eq!(pressure.over(), 1 << 20, "and now all know");
+        let ended = std::cell::Cell::new(false);
+        let waits = async {
+            large.room().await;
+            assert!(ended.get(), "there was none yet");
+        };
+        let ends = async {
+            tokio::time::sleep(10 * TICK).await;
+            ended.set(true);
+            hold(&mut group, 208 << 20);
+        };
+        tokio::join!(waits, ends);
     }
 
     fn held(bytes: u64) -> Arc<Held> {
@@ -384,6 +449,18 @@ mod tests {
         assert_eq!(sizes(&shedding.round(all.clone(), 100)), [50], "more is missing than it gives back");
         all.remove(0);
         assert_eq!(sizes(&shedding.round(all, 85)), [40], "the first is gone, and it was not enough");
+    }
+
+    fn hold(group: &mut File, bytes: u64) {
+        group.set_len(0).unwrap();
+        std::io::Seek::rewind(group).unwrap();
+        writeln!(group, "{bytes}").unwrap();
+    }
+
+    fn holding(bytes: u64) -> File {
+        let mut group = tempfile();
+        hold(&mut group, bytes);
+        group
     }
 
     fn tempfile() -> File {

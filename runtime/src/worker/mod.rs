@@ -234,7 +234,8 @@ fn tick_all(
             Err(_) => Meter::of_process(limit)?,
         };
         let pressure = Arc::clone(&means.pressure);
-        each.push(ticker(move || pressure.read(&meter)));
+        pressure.measure(meter);
+        each.push(ticker(move || pressure.tick()));
     }
     tick(engines, each, place, descriptors.take("tick").ok())
 }

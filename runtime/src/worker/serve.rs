@@ -29,7 +29,7 @@ use super::brane::{Brane, Instance};
 use super::memory::Held;
 use super::pinned::PassedBody;
 use super::route::{self, Target};
-use super::turns::thread_cpu;
+use super::turns::{Terms, thread_cpu};
 use crate::histogram::nanos;
 use crate::log::{Event, Subject};
 use crate::statistics::While;
@@ -552,7 +552,13 @@ async fn run(
         guest.exchange.instance.set(Some((cold, Instant::now())));
         Ok(proxy.wasi_http_incoming_handler().call_handle(&mut store, request, outparam).await)
     };
-    let work = turns.run(work, Some(&guest.exchange.cpu), replica.as_ref(), &brane.count().throttled_ns);
+    let terms = Terms {
+        cpu: Some(&guest.exchange.cpu),
+        replica: replica.as_ref(),
+        throttled: &brane.count().throttled_ns,
+        memory: Some(brane.share(&guest.held)),
+    };
+    let work = turns.run(work, terms);
     let work = tokio::time::timeout_at(deadline.into(), work);
     let ended = tokio::select! {
         biased;

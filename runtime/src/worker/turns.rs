@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 use rustix::time::ClockId;
 use tokio::sync::Semaphore;
 
+use super::memory::Share;
+
 /// How often a running guest lets others run. Shorter costs more switches, longer more latency for its neighbours.
 pub const TICK: Duration = Duration::from_millis(5);
 /// What a tick may be late without being a reason to think of: a sleeping thread is woken some tens of microseconds late.
@@ -318,19 +320,13 @@ impl Turns {
         }
     }
 
-    /// Does a guest's work turn by turn, within its replica's quota if it has one. Adds up the processor time it takes, if
-    /// somebody wants to know, and the nanoseconds it waits for its quota.
+    /// Does a guest's work turn by turn, on its terms.
     ///
     /// Reading the processor time is a system call. Without a quota the first turn, which is the only one of most requests, is
     /// timed by the clock that the kernel maps into every process: as long as the core is this worker's alone that is
     /// the same, and where it is not, what others had of it meanwhile is counted too.
-    pub async fn run<F: Future>(
-        &self,
-        work: F,
-        cpu: Option<&Cell<Duration>>,
-        replica: Option<&Replica>,
-        throttled: &AtomicU64,
-    ) -> F::Output {
+    pub async fn run<F: Future>(&self, work: F, terms: Terms<'_>) -> F::Output {
+        let Terms { cpu, replica, throttled, memory } = terms;
         let mut work = std::pin::pin!(work);
         let mut clock: fn() -> Duration = match (cpu, replica) {
             (None, None) => || Duration::ZERO,
@@ -345,6 +341,9 @@ impl Turns {
                 // It was woken because what it waited for is there.
                 if replica.is_some_and(|replica| replica.admits(self).is_err()) {
                     return Poll::Ready(Turn::Refused);
+                }
+                if memory.is_some_and(|share| !share.may_go_on()) {
+                    return Poll::Ready(Turn::Short);
                 }
                 self.yielded.store(false, Relaxed);
                 self.ticks.turn_begins();
@@ -376,9 +375,27 @@ impl Turns {
                     self.next().await;
                 }
                 Turn::Refused => {}
+                Turn::Short => {
+                    if let Some(share) = memory {
+                        share.room().await;
+                    }
+                }
             }
         }
     }
+}
+
+/// What a guest's work is bound to, and where what it takes is counted.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms<'a> {
+    /// Where its processor time is added up, if somebody wants to know.
+    pub cpu: Option<&'a Cell<Duration>>,
+    /// The part of the core that it may have, if that is not all of it.
+    pub replica: Option<&'a Replica>,
+    /// Where the nanoseconds are added up that it waits for that part.
+    pub throttled: &'a AtomicU64,
+    /// The memory that it touches, if it is to wait while there is too little.
+    pub memory: Option<Share<'a>>,
 }
 
 /// How a turn ended.
@@ -389,6 +406,8 @@ enum Turn<T> {
     Over,
     /// It did not begin: the replica has had its part.
     Refused,
+    /// It did not begin: there is too little memory.
+    Short,
 }
 
 /// The processor time that this thread has had.
@@ -494,7 +513,8 @@ mod tests {
             turns.yielded.store(true, Relaxed);
             Poll::<()>::Pending
         });
-        turns.run(work, None, None, &AtomicU64::new(0)).await;
+        let terms = Terms { cpu: None, replica: None, throttled: &AtomicU64::new(0), memory: None };
+        turns.run(work, terms).await;
     }
 
     #[tokio::test]
