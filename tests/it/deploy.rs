@@ -399,11 +399,13 @@ fn holds(pid: i64) -> Holds {
     Holds { descriptors: count("fd"), threads: count("task"), mappings, rss_kib: kib(pid, "VmRSS").unwrap() }
 }
 
-/// Waits until the old workers have ended, then says what supervisor and control hold, and how many roles there are.
+/// Waits until the old workers and all keepers have ended, then says what supervisor and control hold, and how many roles
+/// there are.
 fn settled(run: &Run, workers: usize) -> (Holds, Holds, usize) {
-    let roles = until("old workers stay", || {
+    let roles = until("old workers or keepers stay", || {
         let roles = roles(run);
-        (roles.iter().filter(|(name, _)| name.starts_with("worker@")).count() == workers).then_some(roles)
+        let those = |kind: &str| roles.iter().filter(|(name, _)| name.starts_with(kind)).count();
+        (those("worker@") == workers && those("keeper@") == 0).then_some(roles)
     });
     // Threads that waited for the disk end after ten seconds of idleness: they are counted where they stay.
     (holds(run.pid().into()), holds(role(run, "control")), roles.len())
