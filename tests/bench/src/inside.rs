@@ -17,7 +17,7 @@ use gaia_runtime::plan::{self, Plan};
 use gaia_runtime::statistics::Statistics;
 use gaia_runtime::worker::brane::{Brane, Instance};
 use gaia_runtime::worker::host::Means;
-use gaia_runtime::worker::turns::thread_cpu;
+use gaia_runtime::worker::turns::{Terms, thread_cpu};
 use gaia_runtime::{channel, compile, engine, kept};
 use http_body_util::{BodyExt as _, Full};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -182,7 +182,7 @@ async fn once(brane: &Rc<Brane>, request: &Request) -> Result<(Duration, Duratio
     let request_in = request.get()?;
     let slot = Arc::clone(&brane.slots).try_acquire_owned()?;
     let began = Instant::now();
-    let Instance { serial, mut store, .. } = brane.take();
+    let Instance { serial, mut store, held, .. } = brane.take();
     let (sender, head) = oneshot::channel();
     let cpu = Cell::default();
     let work = async {
@@ -192,7 +192,9 @@ async fn once(brane: &Rc<Brane>, request: &Request) -> Result<(Duration, Duratio
         let outparam = http.new_response_outparam(sender)?;
         proxy.wasi_http_incoming_handler().call_handle(&mut store, incoming, outparam).await
     };
-    let work = brane.turns().run(work, Some(&cpu), None, &brane.count().throttled_ns);
+    let throttled = &brane.count().throttled_ns;
+    let terms = Terms { cpu: Some(&cpu), replica: None, throttled, memory: Some(brane.share(&held)) };
+    let work = brane.turns().run(work, terms);
     let answer = async { anyhow::Ok(head.await??.into_body().collect().await?.to_bytes()) };
     let (worked, answer) = tokio::join!(work, answer);
     worked.map_err(|e| anyhow::anyhow!("{e:#}"))?;
