@@ -35,7 +35,7 @@ const RESIDENT: u64 = 192 * 1024;
 const BEYOND_DATA: u64 = 256 * 1024;
 /// What is kept where there is memory for it, in bytes, whatever the component has of data: a slot that has grown so far without
 /// huge pages would have a page fault for each 4 KiB, and to clear it takes as long as ten to twenty of them.
-pub const SINGLE: u64 = 2 << 20;
+const SINGLE: u64 = 2 << 20;
 /// The most that is kept of a memory, in bytes: JavaScript's engine begins with 9 MiB of data, Python's with 12. It is
 /// cleared whole, however little of it was touched.
 const MOST_RESIDENT: u64 = 16 << 20;

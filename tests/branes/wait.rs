@@ -24,9 +24,10 @@ fn trickle(out: ResponseOutparam, pause: Duration, bytes: u64) {
     let _ = OutgoingBody::finish(body, None);
 }
 
-/// How long in all, and how long between two bytes, in milliseconds.
-fn asked(request: &IncomingRequest) -> Result<(u64, u64), String> {
-    Ok((gaia_branes::query_number(request, "sleep_ms", 0)?, gaia_branes::query_number(request, "trickle_ms", 0)?))
+/// How long in all, how long between two bytes, and how long before the answer, in milliseconds.
+fn asked(request: &IncomingRequest) -> Result<[u64; 3], String> {
+    let number = |name| gaia_branes::query_number(request, name, 0);
+    Ok([number("sleep_ms")?, number("trickle_ms")?, number("then_sleep_ms")?])
 }
 
 /// Memory of as many KiB as the query says.
@@ -49,16 +50,15 @@ impl Guest for Wait {
         let _memory = std::hint::black_box(touched(asked_for(&request, "touch_kib")));
         let later = std::hint::black_box(asked_for(&request, "then_touch_kib"));
         match asked(&request) {
-            Ok((sleep, 0)) => {
+            Ok([sleep, 0, then_sleep]) => {
                 std::thread::sleep(Duration::from_millis(sleep));
                 let _later = std::hint::black_box(touched(later));
-                match gaia_branes::query_number(&request, "then_sleep_ms", 0) {
-                    Ok(0) | Err(_) => {}
-                    Ok(millis) => std::thread::sleep(Duration::from_millis(millis)),
+                if then_sleep > 0 {
+                    std::thread::sleep(Duration::from_millis(then_sleep));
                 }
                 gaia_branes::answer(out, 200, &format!("waited {sleep} ms\n"));
             }
-            Ok((sleep, pause)) => trickle(out, Duration::from_millis(pause), sleep / pause),
+            Ok([sleep, pause, _]) => trickle(out, Duration::from_millis(pause), sleep / pause),
             Err(sentence) => gaia_branes::answer(out, 400, &sentence),
         }
     }

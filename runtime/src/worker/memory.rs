@@ -24,8 +24,8 @@ use anyhow::Context as _;
 use gaia_tmpfs::Budget;
 use tokio::sync::Notify;
 
+use super::pages::HUGE;
 use super::turns::TICK;
-use crate::engine::SINGLE;
 
 /// What one worker's guests can touch before the largest is ended, in bytes: for three ticks (one until it is read, one until
 /// the running guest stops, one until the memory is back) at 2 GiB/s, which is what a core touches in pages of 4 KiB.
@@ -213,7 +213,7 @@ impl Share<'_> {
     /// Whether it may go on. One that has only single pages always may: what those take until the next tick is reckoned with.
     #[must_use]
     pub fn may_go_on(&self) -> bool {
-        if self.held.bytes() <= SINGLE {
+        if self.held.bytes() <= HUGE as u64 {
             return true;
         }
         self.pressure.read();
@@ -384,7 +384,7 @@ mod tests {
     /// Would miss: one that goes on by what was read at the last tick; a small one that waits for the large.
     #[tokio::test]
     async fn who_may_have_huge_pages_goes_on_only_when_there_is_room() {
-        let (mut group, small, large) = (holding(84 << 20), held(SINGLE), held(SINGLE + 1));
+        let (mut group, small, large) = (holding(84 << 20), held(HUGE as u64), held(HUGE as u64 + 1));
         let pressure = Pressure::default();
         pressure.measure(Meter::of_group(group.try_clone().unwrap().into(), 256 << 20, 1));
         let [small, large] = [&small, &large].map(|held| Share { pressure: &pressure, held });

@@ -17,8 +17,8 @@ use wasmtime::Engine;
 use crate::engine;
 use crate::plan::Needs;
 
-/// Bytes of a huge page.
-const HUGE: usize = 2 << 20;
+/// Bytes of a huge page. There is none in the first so many of a memory.
+pub const HUGE: usize = 2 << 20;
 /// Memories beyond which a pool is left as it is: each that is advised is two mappings more, and a process may not have any number.
 const MEMORIES: usize = 1024;
 

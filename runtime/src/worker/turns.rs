@@ -342,8 +342,8 @@ impl Turns {
                 if replica.is_some_and(|replica| replica.admits(self).is_err()) {
                     return Poll::Ready(Turn::Refused);
                 }
-                if memory.is_some_and(|share| !share.may_go_on()) {
-                    return Poll::Ready(Turn::Short);
+                if let Some(share) = memory.filter(|share| !share.may_go_on()) {
+                    return Poll::Ready(Turn::Short(share));
                 }
                 self.yielded.store(false, Relaxed);
                 self.ticks.turn_begins();
@@ -375,11 +375,7 @@ impl Turns {
                     self.next().await;
                 }
                 Turn::Refused => {}
-                Turn::Short => {
-                    if let Some(share) = memory {
-                        share.room().await;
-                    }
-                }
+                Turn::Short(share) => share.room().await,
             }
         }
     }
@@ -399,7 +395,7 @@ pub struct Terms<'a> {
 }
 
 /// How a turn ended.
-enum Turn<T> {
+enum Turn<'a, T> {
     /// The work is done.
     Last(T),
     /// The tick was over.
@@ -407,7 +403,7 @@ enum Turn<T> {
     /// It did not begin: the replica has had its part.
     Refused,
     /// It did not begin: there is too little memory.
-    Short,
+    Short(Share<'a>),
 }
 
 /// The processor time that this thread has had.
