@@ -1,6 +1,8 @@
 //! How long an instance lives, and when it is made. These need no virtual machine.
 
-use std::time::Duration;
+use std::io::Write as _;
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
 
 use gaia_tests::workstation::{Folder, Run};
 
@@ -76,6 +78,32 @@ fn with_all_slots_taken_none_is_ready_and_afterwards_all_are_again() {
     let ends = ends(&run, "burn", 72);
     assert!(ends.iter().filter(|line| line.ends_with(" pooled✓")).count() >= 12, "{ends:#?}");
     assert!(run.error.all().iter().chain(&run.output.all()).all(|line| !line.contains(" FAULT ")));
+}
+
+/// Would miss: instances whose clients have gone, in whose place none is made before the whole brane is idle, so that clients
+/// with little patience leave a brane without any that is ready.
+#[test]
+fn in_the_place_of_instances_whose_clients_are_gone_others_are_ready() {
+    let run = Folder::with(GRAPH).unwrap();
+    let run = run.run(&["--workers", "1"]).unwrap().serving().unwrap();
+    for round in 0..3 {
+        run.until("burn", "ready", |n| n == 4).unwrap();
+        let clients = [(); 4].map(|()| {
+            let mut client = TcpStream::connect(("127.0.0.1", run.port)).unwrap();
+            client.write_all(b"GET /burn?n=4000000000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+            client
+        });
+        run.until("burn", "busy", |n| n == 4).unwrap();
+        assert_eq!(run.of("burn", "ready").unwrap(), 0);
+        let began = Instant::now();
+        for client in clients {
+            client.shutdown(Shutdown::Both).unwrap();
+        }
+        run.until("burn", "ready", |n| n == 4).unwrap();
+        // A brane is idle after ten.
+        assert!(began.elapsed() < Duration::from_secs(5), "round {round}: {:?}", began.elapsed());
+        assert_eq!(run.of("burn", "busy").unwrap(), 0);
+    }
 }
 
 /// Would miss: a page of an instance's memory that the next one, through the whole worker, still finds as it was.

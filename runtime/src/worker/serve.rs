@@ -294,9 +294,10 @@ async fn dispatch(
     let (sender, head) = oneshot::channel();
     let broken = Arc::new(AtomicBool::new(false));
     let instance = brane.take();
-    let guest = Guest::begin(Rc::clone(exchange), Rc::clone(&brane), &instance, Arc::clone(&broken), Arc::clone(&over));
+    let place = (&instance, permit);
+    let guest = Guest::begin(Rc::clone(exchange), Rc::clone(&brane), place, Arc::clone(&broken), Arc::clone(&over));
     // In a box of its own, or its some KiB would be copied from place to place on their way into a task.
-    let work = tokio::task::spawn_local(Box::pin(run(guest, instance, permit, request, sender, deadline)));
+    let work = tokio::task::spawn_local(Box::pin(run(guest, instance, request, sender, deadline)));
     let mut task = Task { work, exchange: Rc::clone(exchange) };
     let late = || {
         exchange.is_late(&brane);
@@ -454,20 +455,22 @@ struct Guest {
     broken: Arc<AtomicBool>,
     /// The client sent more than it may: what the guest makes of that is not the guest's fault.
     over: Arc<AtomicBool>,
+    /// The slot that the instance is in, until the next is made there.
+    slot: Option<OwnedSemaphorePermit>,
 }
 
 impl Guest {
     fn begin(
         exchange: Rc<Exchange>,
         brane: Rc<Brane>,
-        instance: &Instance,
+        (instance, slot): (&Instance, OwnedSemaphorePermit),
         broken: Arc<AtomicBool>,
         over: Arc<AtomicBool>,
     ) -> Self {
         let (serial, held) = (instance.serial, Arc::clone(&instance.held));
         exchange.subject.set(Subject::Brane(brane.index, serial));
         exchange.ready.set(instance.proxy.is_some());
-        Self { exchange, brane, serial, held, broken, over }
+        Self { exchange, brane, serial, held, broken, over, slot: Some(slot) }
     }
 
     /// The instance's name.
@@ -513,6 +516,11 @@ impl Drop for Guest {
     fn drop(&mut self) {
         self.exchange.held.set(self.held.memory.load(Relaxed));
         self.brane.end(self.serial);
+        // Its request was over before its work: nobody is left who makes the next, and it would be missing until all are idle.
+        if let Some(slot) = self.slot.take() {
+            drop(slot);
+            tokio::task::spawn_local(Rc::clone(&self.brane).make_all_ready());
+        }
     }
 }
 
@@ -522,9 +530,8 @@ type Head = Result<Response<HyperOutgoingBody>, ErrorCode>;
 /// ready: both after the answer has gone out, so not on the request's own time. Ends at the deadline whether or not anyone
 /// still reads the answer.
 async fn run(
-    guest: Guest,
+    mut guest: Guest,
     instance: Instance,
-    permit: OwnedSemaphorePermit,
     request: Request<Bounded>,
     head: oneshot::Sender<Head>,
     deadline: Instant,
@@ -589,9 +596,11 @@ async fn run(
         drop(store);
     }
     // Gone, and told so, whatever becomes of the next.
-    let brane = Rc::clone(brane);
+    let (brane, slot) = (Rc::clone(brane), guest.slot.take());
     drop(guest);
-    brane.make_ready(permit, replica.as_ref()).await;
+    if let Some(slot) = slot {
+        brane.make_ready(slot, replica.as_ref()).await;
+    }
     ended
 }
 
