@@ -202,12 +202,12 @@ impl Laptop {
 fn a_laptop_has_the_same_prompt_and_top() {
     let folder = Folder::with(HELLO).unwrap();
     let run = folder.run(&[]).unwrap().serving().unwrap();
-    let pty = nix::pty::openpty(None, None).unwrap();
-    let modes = || rustix::termios::tcgetattr(&pty.slave).unwrap().local_modes;
+    let (person, program) = gaia_tests::terminal::pair((80, 24)).unwrap();
+    let modes = || rustix::termios::tcgetattr(&program).unwrap().local_modes;
     let before = modes();
-    let mut laptop = Laptop { person: File::from(pty.master.try_clone().unwrap()), shown: String::new() };
+    let mut laptop = Laptop { person, shown: String::new() };
     let start = |command: &str| {
-        let stream = || std::process::Stdio::from(pty.slave.try_clone().unwrap());
+        let stream = || program.try_clone().unwrap();
         let mut child = run.command(&[command]);
         child.stdin(stream()).stdout(stream()).stderr(stream()).env("TERM", "vt100").spawn().unwrap()
     };

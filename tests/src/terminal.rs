@@ -3,13 +3,17 @@
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::num::NonZeroU16;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use nix::pty::{Winsize, openpty};
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
 use vt100::{Color, Parser, Screen};
 
 use crate::out;
@@ -21,6 +25,25 @@ const COLUMNS: NonZeroU16 = NonZeroU16::MIN.saturating_add(131);
 const ROWS: NonZeroU16 = NonZeroU16::MIN.saturating_add(399);
 /// The shell's prompt.
 const PROMPT: &str = "$ ";
+
+/// A new terminal of this size (columns, rows): where a person sits, and where a program does.
+///
+/// Neither is for whatever else is started meanwhile: that would hold the terminal open, and nobody at the other end would learn
+/// that the program has ended.
+///
+/// # Errors
+/// If there is no more of them.
+pub fn pair((columns, rows): (u16, u16)) -> Result<(File, File)> {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let person = posix_openpt(flags)?;
+    grantpt(&person)?;
+    unlockpt(&person)?;
+    let program = ptsname_r(&person)?;
+    // Closed in what is started, as all that the standard library opens.
+    let program = File::options().read(true).write(true).custom_flags(OFlag::O_NOCTTY.bits()).open(program)?;
+    tcsetwinsize(&program, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })?;
+    Ok((OwnedFd::from(person).into(), program))
+}
 
 /// What a terminal shows that was sent this.
 #[must_use]
@@ -83,16 +106,14 @@ impl Shell {
     /// # Errors
     /// If there is no terminal, or no shell in it.
     pub fn in_folder(folder: &Path, variables: &[(&str, &str)]) -> Result<Self> {
-        let size = Winsize { ws_row: ROWS.get(), ws_col: COLUMNS.get(), ws_xpixel: 0, ws_ypixel: 0 };
-        let pty = openpty(&size, None)?;
+        let (keys, terminal) = pair((COLUMNS.get(), ROWS.get()))?;
         let mut command = Command::new("setsid");
         command.args(["--ctty", "sh", "-i"]).current_dir(folder).env_clear();
         command.env("PATH", format!("{}:/usr/bin:/bin", out("bin").display()));
         command.env("PS1", PROMPT).env("TERM", "xterm-256color").env("LC_ALL", "C.UTF-8").env("HOME", folder);
         command.envs(variables.iter().copied());
-        command.stdin(Stdio::from(pty.slave.try_clone()?)).stdout(Stdio::from(pty.slave.try_clone()?));
-        let child = command.stderr(Stdio::from(pty.slave)).spawn().context("setsid, of util-linux")?;
-        let keys = File::from(pty.master);
+        command.stdin(terminal.try_clone()?).stdout(terminal.try_clone()?).stderr(terminal);
+        let child = command.spawn().context("setsid, of util-linux")?;
         let mut screen = keys.try_clone()?;
         let seen = Arc::<Seen>::default();
         let to = Arc::clone(&seen);
