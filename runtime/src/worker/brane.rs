@@ -229,8 +229,7 @@ impl Brane {
     pub async fn make_all_ready(self: Rc<Self>) {
         while self.has_room_for_one() {
             let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else { return };
-            let replica = self.replica();
-            if !self.make_ready(slot, replica.as_ref()).await {
+            if !self.make_ready(slot, self.replica()).await {
                 return;
             }
             // Others are served meanwhile.
@@ -240,13 +239,15 @@ impl Brane {
 
     /// Makes the next instance, in the slot and with the replica of one that is gone, if nobody waits for these. Whether it
     /// did; a start that goes wrong is told to the request that tries it next.
-    pub async fn make_ready(&self, slot: OwnedSemaphorePermit, replica: Option<&Replica>) -> bool {
+    pub async fn make_ready(&self, slot: OwnedSemaphorePermit, replica: Option<Replica>) -> bool {
         let wanted = self.has_room_for_one() && self.count().waiting.load(Relaxed) == 0;
-        let made = if wanted { self.instance(replica).await.ok() } else { None };
+        let made = if wanted { self.instance(replica.as_ref()).await.ok() } else { None };
         let is_made = made.is_some();
         if let Some(instance) = made {
             self.is_ready(instance);
         }
+        // Whoever has the slot has a replica.
+        drop(replica);
         drop(slot);
         is_made
     }

@@ -599,7 +599,7 @@ async fn run(
     let (brane, slot) = (Rc::clone(brane), guest.slot.take());
     drop(guest);
     if let Some(slot) = slot {
-        brane.make_ready(slot, replica.as_ref()).await;
+        brane.make_ready(slot, replica).await;
     }
     ended
 }
