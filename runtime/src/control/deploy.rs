@@ -41,6 +41,10 @@ const NO_GRAPH: &str = "no graph: every request is answered 404 until one is dep
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long they must be still: whoever writes one may not be done.
 const STILL_FOR: Duration = Duration::from_millis(100);
+/// The same while one of them is empty: it is most often because what is to be written there has not come yet.
+const EMPTY_FOR: Duration = Duration::from_secs(1);
+/// Of a file: inode, size, time of its last change in seconds and nanoseconds. None if there is none.
+type Stamp = Option<[i128; 4]>;
 
 /// Where the graph and its components are.
 pub(super) struct Source {
@@ -135,7 +139,7 @@ impl Source {
     }
 
     /// What changes when somebody writes to a file or puts another in its place.
-    fn stamps(&self, images: &[String]) -> Vec<Option<[i128; 4]>> {
+    fn stamps(&self, images: &[String]) -> Vec<Stamp> {
         let stamp = |path: &String| {
             let stat = rustix::fs::statat(&self.folder, path, AtFlags::empty()).ok()?;
             Some([stat.st_ino.into(), stat.st_size.into(), stat.st_mtime.into(), stat.st_mtime_nsec.into()])
@@ -235,7 +239,7 @@ pub(super) fn root(control: &Control, path: &str) -> anyhow::Result<String> {
 /// What the files were like when they were last looked at.
 pub(super) struct Seen {
     images: Vec<String>,
-    stamps: Vec<Option<[i128; 4]>>,
+    stamps: Vec<Stamp>,
 }
 
 impl Seen {
@@ -254,7 +258,8 @@ pub(super) async fn watch(control: &Control, source: &Source, mut seen: Seen) {
             continue;
         }
         loop {
-            tokio::time::sleep(STILL_FOR).await;
+            let is_empty = |stamp: &Stamp| stamp.is_some_and(|[_, size, ..]| size == 0);
+            tokio::time::sleep(if now.iter().any(is_empty) { EMPTY_FOR } else { STILL_FOR }).await;
             let again = source.stamps(&seen.images);
             if std::mem::replace(&mut now, again) == now {
                 break;
