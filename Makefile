@@ -228,7 +228,9 @@ test-image: out/initramfs-test.zst
 
 .PHONY: vm-tests
 vm-tests:
-	@cargo test $(FLAGS) --test firmware --test run --test it -- --test-threads=1
+	@cargo test $(FLAGS) --test firmware --test run -- --test-threads=1
+	@cargo test $(FLAGS) --test it -- --test-threads=2 --skip alone::
+	@cargo test $(FLAGS) --test it -- --test-threads=1 alone::
 
 # --- Files ------------------------------------------------------------------------------------------------------
 

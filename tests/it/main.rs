@@ -1,22 +1,19 @@
 //! One file per promise. Each test boots an appliance of its own and says in one line what it would miss if it passed
-//! wrongly.
+//! wrongly. Two of them run at a time, but for those in [`alone`].
 
 #![allow(clippy::unwrap_used, reason = "everything here is a test, also what the tests share")]
 
+mod alone;
 mod boot;
 mod capabilities;
 mod command;
 mod console;
-mod costs;
-mod density;
 mod deploy;
 mod disk;
 mod egress;
-mod hostile;
 mod image;
 mod ingress;
 mod lifecycles;
-mod limits;
 mod logs;
 mod memory;
 mod metrics;
@@ -32,6 +29,5 @@ mod run;
 mod sandbox;
 mod secrets;
 mod seed;
-mod soak;
 mod supervision;
 mod workers;
