@@ -180,41 +180,56 @@ fn followers_that_never_read_cost_nothing() {
 #[test]
 fn who_follows_goes_on_with_the_next_control() {
     let (_folder, run) = start(&[]);
-    let mut command = run.command(&["--json", "logs", "--follow", "-n", "0", "--brane", "hello", "--kind", "RES"]);
+    let get = || assert_eq!(run.get("/hello").unwrap().status, 200);
+    let kill = || {
+        let pid = Pid::from_raw(i32::try_from(control(&run)).unwrap()).unwrap();
+        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    };
+    let answers = |count| lines_at_last(&run, "--brane hello --kind RES", count);
+    goes_on_with_the_next_control(run.command(&["--json", "logs"]), &get, &kill, &answers);
+    run.interrupt().unwrap();
+}
+
+/// Has this `gaia logs` follow the answers of `hello` while control is killed twice. `get` asks `hello`, and `answers` is what the log has of
+/// that once there are so many lines.
+pub(crate) fn goes_on_with_the_next_control(
+    mut command: Command,
+    get: &dyn Fn(),
+    kill: &dyn Fn(),
+    answers: &dyn Fn(usize) -> Vec<Value>,
+) {
+    command.args(["--follow", "-n", "0", "--brane", "hello", "--kind", "RES"]);
     let mut child = Stopped(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
     let output = gaia_tests::workstation::Lines::of(child.0.stdout.take().unwrap());
     let error = gaia_tests::workstation::Lines::of(child.0.stderr.take().unwrap());
     // It has begun when the first line comes.
     let mut asked = 0;
+    let deadline = Instant::now() + WITHIN;
     while output.all().is_empty() {
-        run.get("/hello").unwrap();
+        assert!(Instant::now() < deadline, "{:#?}", error.all());
+        get();
         asked += 1;
         std::thread::sleep(Duration::from_millis(20));
     }
     let first: Value = serde_json::from_str(&output.all()[0]).unwrap();
-    let missed = asked
-        - lines_at_last(&run, "--brane hello --kind RES", asked)
-            .iter()
-            .filter(|l| l["seq"].as_u64() >= first["seq"].as_u64())
-            .count();
+    let missed = asked - answers(asked).iter().filter(|l| l["seq"].as_u64() >= first["seq"].as_u64()).count();
     for control_number in 0..2 {
         for _ in 0..10 {
-            run.get("/hello").unwrap();
+            get();
             asked += 1;
         }
         output.until(WITHIN, |lines| lines.len() + missed >= asked).unwrap();
-        let pid = Pid::from_raw(i32::try_from(control(&run)).unwrap()).unwrap();
-        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+        kill();
         // Before anybody is there to read them: they wait in the workers' memory.
         for _ in 0..10 {
-            run.get("/hello").unwrap();
+            get();
             asked += 1;
         }
         let again = |lines: &[String]| lines.iter().filter(|line| line.contains("follows again")).count();
         error.until(WITHIN, |lines| again(lines) > control_number).unwrap();
     }
     output.until(WITHIN, |lines| lines.len() + missed >= asked).unwrap();
-    run.get("/hello").unwrap();
+    get();
     output.until(WITHIN, |lines| lines.len() + missed > asked).unwrap();
     let all = output.all();
     let mut times: Vec<u64> =
@@ -224,7 +239,6 @@ fn who_follows_goes_on_with_the_next_control() {
     assert_eq!((times.len(), all.len() + missed), (all.len(), asked + 1), "each once: {:#?}", error.all());
     let words = error.all();
     assert!(words.iter().all(|line| line.starts_with("gaia: ")) && words.len() == 4, "{words:#?}");
-    run.interrupt().unwrap();
 }
 
 /// A child that is gone when this is dropped.

@@ -16,6 +16,8 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
 
+use crate::logs::goes_on_with_the_next_control;
+
 const SIGKILL: i32 = 9;
 /// What a connection to the appliance is at its other end: QEMU's user network.
 pub(crate) const FROM: &str = "10.0.2.2";
@@ -74,10 +76,15 @@ impl Person {
     }
 }
 
-fn gaia(folder: &tempfile::TempDir, arguments: &[&str]) -> Output {
+fn command(folder: &tempfile::TempDir, arguments: &[&str]) -> Command {
     let mut command = Command::new(out("bin/gaia"));
     command.args(arguments).env("XDG_CONFIG_HOME", folder.path()).env_remove("GAIA_ON").env_remove("GAIA_API");
-    command.env("USER", "ann").stdin(Stdio::null()).output().unwrap()
+    command.env("USER", "ann").stdin(Stdio::null());
+    command
+}
+
+fn gaia(folder: &tempfile::TempDir, arguments: &[&str]) -> Output {
+    command(folder, arguments).output().unwrap()
 }
 
 fn said(output: &Output) -> String {
@@ -173,6 +180,30 @@ fn who_is_listed_operates_and_who_is_not_does_not() {
     let line = appliance.line(": POST /v1/poweroff: 202", ANSWER_WITHIN).unwrap();
     assert!(line.contains("control: ann from "), "{line}");
     assert!(appliance.machine().wait_exit(Duration::from_mins(1)).unwrap().success());
+}
+
+/// Would miss: a log that is followed over the network only until control ends, or told twice there.
+#[test]
+fn who_follows_over_the_network_goes_on_with_the_next_control() {
+    let ann = Person::new();
+    let (appliance, key) = operated_by(&ann);
+    let port = appliance.control_port().unwrap();
+    ann.does(port, &["trust", &key.to_string()]);
+    let kill = || {
+        let pid = appliance.pid("control").unwrap();
+        appliance.kill(pid, SIGKILL).unwrap();
+        // Else a question may still reach the one that ends.
+        appliance.until(ANSWER_WITHIN, |a| a.pid("control"), |now| *now != pid).unwrap();
+    };
+    let answers = |count: usize| {
+        let asked = |_: &Appliance| Ok(ann.does(port, &["--json", "logs", "--brane", "hello", "--kind", "RES"]));
+        let all = appliance.until(ANSWER_WITHIN, asked, |lines| lines.lines().count() >= count).unwrap();
+        all.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let follow = command(&ann.folder, &["--on", &format!("127.0.0.1:{port}"), "--json", "logs"]);
+    let get = || assert_eq!(appliance.get("/hello").unwrap().status, 200);
+    goes_on_with_the_next_control(follow, &get, &kill, &answers);
+    appliance.power_off().unwrap();
 }
 
 /// Would miss: a port that is open although nobody is listed.
