@@ -19,7 +19,6 @@ mod memory;
 mod metrics;
 mod pages;
 mod pictures;
-mod pinned;
 mod power;
 mod profile;
 mod registries;

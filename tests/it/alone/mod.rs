@@ -7,5 +7,6 @@ mod flood;
 mod hostile;
 mod kills;
 mod limits;
+mod pinned;
 mod soak;
 mod strangers;
