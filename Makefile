@@ -226,11 +226,14 @@ named:
 .PHONY: test-image
 test-image: out/initramfs-test.zst
 
+# Of these files in tests/it two tests run at a time: they wait for a machine, and mind no neighbour.
+PAIRS := boot console disk memory power registries remote requests sandbox secrets supervision
+
 .PHONY: vm-tests
 vm-tests:
 	@cargo test $(FLAGS) --test firmware --test run -- --test-threads=1
-	@cargo test $(FLAGS) --test it -- --test-threads=2 --skip alone::
-	@cargo test $(FLAGS) --test it -- --test-threads=1 alone::
+	@cargo test $(FLAGS) --test it -- --test-threads=2 $(PAIRS:%=%::)
+	@cargo test $(FLAGS) --test it -- --test-threads=1 $(PAIRS:%=--skip %::)
 
 # --- Files ------------------------------------------------------------------------------------------------------
 
