@@ -227,7 +227,7 @@ named:
 test-image: out/initramfs-test.zst
 
 # Of these files in tests/it two tests run at a time: they wait for a machine, and mind no neighbour.
-PAIRS := boot console disk memory power registries remote requests sandbox secrets supervision
+PAIRS := boot disk memory power registries remote requests sandbox secrets supervision
 
 .PHONY: vm-tests
 vm-tests:
