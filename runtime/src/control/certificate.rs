@@ -7,8 +7,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 
+use super::stamp::Stamp;
 use super::{Control, Worker};
 use crate::channel::{read_whole, sealed};
 use crate::worker::conversation::Word;
@@ -25,9 +26,6 @@ pub(super) struct Files {
     /// They are in the seed of the appliance, which is flat and nobody else's.
     seed: bool,
 }
-
-/// What a file was like when it was looked at.
-type Stamp = Option<[i128; 4]>;
 
 /// A certificate and its key that belong together, each in a sealed file.
 pub(super) struct Pair {
@@ -75,12 +73,9 @@ impl Files {
         Ok(Pair { certificate: sealed("certificate", &certificate)?, key: sealed("key", &key)?, fingerprint })
     }
 
-    /// What changes when somebody writes to one of them or puts another in its place.
-    fn stamps(&self) -> [Stamp; 2] {
-        [&self.certificate, &self.key].map(|path| {
-            let stat = rustix::fs::statat(&self.folder, path.as_str(), AtFlags::empty()).ok()?;
-            Some([stat.st_ino.into(), stat.st_size.into(), stat.st_mtime.into(), stat.st_mtime_nsec.into()])
-        })
+    /// What both are like.
+    fn stamps(&self) -> [Option<Stamp>; 2] {
+        [&self.certificate, &self.key].map(|path| Stamp::of(&self.folder, path))
     }
 }
 
@@ -112,7 +107,7 @@ pub(super) async fn keep(control: &Rc<Control>, files: Files) -> anyhow::Result<
 }
 
 /// Whether they change within a moment.
-async fn files_move(files: &Files, now: [Stamp; 2]) -> bool {
+async fn files_move(files: &Files, now: [Option<Stamp>; 2]) -> bool {
     tokio::time::sleep(LOOK_EVERY / 4).await;
     files.stamps() != now
 }

@@ -17,13 +17,14 @@ use gaia_init::supervise::MAX_COMPILERS;
 use gaia_init::wire::FromControl;
 use gaia_manifest::{Brane, Capability, Diagnostic, Image, Lifecycle, Manifest, Severity};
 use gaia_store::{Digest, Graph};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use zeroize::Zeroizing;
 
 use super::Control;
 use super::artefact::{self, Artefact, Key};
 use super::delivery::Tell;
 use super::pull::{self, Behind, Reach};
+use super::stamp::Stamp;
 use super::vault::Vault;
 use crate::channel::{Channel, read_whole, sealed};
 use crate::compile::{MAX_COMPONENT, MAX_REPORT, Report, Word};
@@ -43,8 +44,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 const STILL_FOR: Duration = Duration::from_millis(100);
 /// The same while one of them is empty: it is most often because what is to be written there has not come yet.
 const EMPTY_FOR: Duration = Duration::from_secs(1);
-/// Of a file: inode, size, time of its last change in seconds and nanoseconds. None if there is none.
-type Stamp = Option<[i128; 4]>;
 
 /// Where the graph and its components are.
 pub(super) struct Source {
@@ -138,13 +137,10 @@ impl Source {
         Secrets::parse(&text).map_err(|wrong| anyhow::anyhow!("the secrets {path}: {wrong}"))
     }
 
-    /// What changes when somebody writes to a file or puts another in its place.
-    fn stamps(&self, images: &[String]) -> Vec<Stamp> {
-        let stamp = |path: &String| {
-            let stat = rustix::fs::statat(&self.folder, path, AtFlags::empty()).ok()?;
-            Some([stat.st_ino.into(), stat.st_size.into(), stat.st_mtime.into(), stat.st_mtime_nsec.into()])
-        };
-        [&self.graph].into_iter().chain(&self.roots).chain(&self.secrets).chain(images).map(stamp).collect()
+    /// What the files are like.
+    fn stamps(&self, images: &[String]) -> Vec<Option<Stamp>> {
+        let all = [&self.graph].into_iter().chain(&self.roots).chain(&self.secrets).chain(images);
+        all.map(|path| Stamp::of(&self.folder, path)).collect()
     }
 
     /// The files that the graph names, as far as it can be read.
@@ -239,7 +235,7 @@ pub(super) fn root(control: &Control, path: &str) -> anyhow::Result<String> {
 /// What the files were like when they were last looked at.
 pub(super) struct Seen {
     images: Vec<String>,
-    stamps: Vec<Stamp>,
+    stamps: Vec<Option<Stamp>>,
 }
 
 impl Seen {
@@ -258,8 +254,8 @@ pub(super) async fn watch(control: &Control, source: &Source, mut seen: Seen) {
             continue;
         }
         loop {
-            let is_empty = |stamp: &Stamp| stamp.is_some_and(|[_, size, ..]| size == 0);
-            tokio::time::sleep(if now.iter().any(is_empty) { EMPTY_FOR } else { STILL_FOR }).await;
+            let one_is_empty = now.iter().flatten().any(|stamp| stamp.is_empty());
+            tokio::time::sleep(if one_is_empty { EMPTY_FOR } else { STILL_FOR }).await;
             let again = source.stamps(&seen.images);
             if std::mem::replace(&mut now, again) == now {
                 break;

@@ -20,6 +20,7 @@ mod pull;
 pub mod remote;
 pub mod report;
 mod secrets;
+mod stamp;
 mod syslog;
 mod vault;
 
