@@ -18,8 +18,8 @@ use gaia_tests::growth::{Allowance, Held, Verdict, judge, median};
 use gaia_tests::workstation::{Folder, Run};
 use gaia_tests::{http, out, soak};
 
-use crate::egress::{PAGE, answer, encoded, fetching, web};
-use crate::ingress::{BOTH, Client, block, certify, free_port, get_1, secured};
+use super::egress::{PAGE, answer, encoded, fetching, web};
+use super::ingress::{BOTH, Client, block, certify, free_port, get_1, secured};
 
 /// What one answer may take, on whatever machine.
 const WITHIN: Duration = Duration::from_secs(30);
